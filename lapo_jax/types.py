@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The treaty: the records that travel between rooms and the plug-in contracts.
+
+Read this file first. Axis letters, used in every signature of the package:
+
+  P  prompts in a step (= number of groups)      V     vocabulary
+  G  group size: completions per prompt          D     model width
+  B  completions in a step, B = P·G, b = p·G+g   H, K  query, key/value heads
+  L  prompt slots (left-padded)                  E     head width
+  T  completion slots (right-padded)             C     cache slots
+  S  all slots, S = L + T                        N     examples in the task
+
+One token layout everywhere: [ pad … prompt | completion … pad ], L then T
+slots. Sampling, scoring and the loss see the same slots.
+
+Record fields are annotated plainly and carry their shape in the docstring:
+records also hold trees of shardings and of shapes, which a run-time check on
+fields would reject.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import numpy as np
+
+
+@flax.struct.dataclass
+class Example:
+  """One problem, as a task yields it (host Python).
+
+  Attributes:
+    question: the problem's text.
+    answer: the gold answer's text.
+    level: name of its difficulty level, '' when the task has none.
+    prefill: text placed after the prompt template, e.g. LAPO's sentence.
+    target_length: budget in tokens stated in the prompt, 0 = none.
+  """
+
+  question: str
+  answer: str
+  level: str = ''
+  prefill: str = ''
+  target_length: int = 0
+
+
+@flax.struct.dataclass
+class Prompts:
+  """The encoded prompts of a step.
+
+  Attributes:
+    tokens: int32 [P, L], left-padded; sharded over the batch axes.
+    mask: bool [P, L], true on real tokens; sharded.
+    index: int32 [P], row in the task, the stable problem id; replicated.
+    target_lengths: int32 [P], tokens, 0 = none; replicated.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  index: jax.Array
+  target_lengths: jax.Array
+
+
+@flax.struct.dataclass
+class Rollout:
+  """Sampled completions; every field sharded over the batch axes.
+
+  Attributes:
+    prompt_tokens: int32 [B, L], each prompt repeated G times.
+    prompt_mask: bool [B, L].
+    completion_tokens: int32 [B, T], pad after the stop token.
+    completion_mask: bool [B, T], true through the stop token, inclusive.
+    action_mask: bool [B, T], true where the policy chose the token. Forced
+      tokens are attended, never trained on.
+    sampler_logprobs: float32 [B, T], at sampling temperature; 0 on padding.
+  """
+
+  prompt_tokens: jax.Array
+  prompt_mask: jax.Array
+  completion_tokens: jax.Array
+  completion_mask: jax.Array
+  action_mask: jax.Array
+  sampler_logprobs: jax.Array
+
+
+@flax.struct.dataclass
+class Outcomes:
+  """What is known of each completion once it is graded; replicated.
+
+  Attributes:
+    correct: float32 [P, G], the task's grade in [0, 1].
+    lengths: int32 [P, G], completion tokens through the stop token.
+    truncated: bool [P, G], reached the cap without a stop token.
+    prompt_index: int32 [P], the stable problem id.
+    target_lengths: int32 [P], tokens, 0 = none.
+    extras: float32 [P, G] by name: other grades of the task and what the
+      method's `read` and `measure` found.
+  """
+
+  correct: jax.Array
+  lengths: jax.Array
+  truncated: jax.Array
+  prompt_index: jax.Array
+  target_lengths: jax.Array
+  extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class Rewards:
+  """Numbers to be maximised; replicated.
+
+  Attributes:
+    terms: float32 [P, G] by name; a simple method has one.
+    weights: float32 [] by name, None = all ones.
+    keep: bool [P, G], None = all; dropped completions count as absent.
+  """
+
+  terms: Mapping[str, jax.Array]
+  weights: Mapping[str, jax.Array] | None = None
+  keep: jax.Array | None = None
+
+  @property
+  def total(self) -> jax.Array:
+    """The weighted sum of the terms, float32 [P, G]."""
+    weights = self.weights or {}
+    return sum(term * weights.get(name, 1.0)
+               for name, term in self.terms.items())
+
+
+@flax.struct.dataclass
+class Batch:
+  """What the update consumes; sharded over the batch axes.
+
+  Attributes:
+    rollout: Rollout.
+    advantages: float32 [B].
+    old_logprobs: float32 [B, T], of the policy at the start of the step.
+    ref_logprobs: float32 [B, T] of the reference policy, None without KL.
+    weights: float32 [B, T], token weights, see `losses.token_weights`.
+  """
+
+  rollout: Rollout
+  advantages: jax.Array
+  old_logprobs: jax.Array
+  ref_logprobs: jax.Array | None
+  weights: jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a checkpoint must hold, besides the config.
+
+  Attributes:
+    step: int32 [], completed steps of the run, over all stages.
+    stage: int32 [], index of the stage that made the last step.
+    nonfinite: int32 [], updates skipped in a row for a non-finite gradient.
+    params: float32 tree, sharded by the model family's rules.
+    opt_state: optax state, sharded like the parameters.
+    reward_state: the method's memory; replicated.
+  """
+
+  step: jax.Array
+  stage: jax.Array
+  nonfinite: jax.Array
+  params: Any
+  opt_state: Any
+  reward_state: Any
+
+
+# Scores given tokens under the current policy: Rollout -> float32 [B, T].
+LogprobFn = Callable[[Rollout], jax.Array]
+# Encodes a list of Examples (one per prompt) to Prompts.
+EncodeFn = Callable[[list[Example]], Prompts]
+
+
+def _no_memory(num_examples: int) -> Any:
+  """Memory of a method that needs none."""
+  del num_examples
+  return ()
+
+
+def _unchanged(example: Example, index: int, state: Any,
+               rng: np.random.Generator) -> Example:
+  """The prompt of a method that states no budget."""
+  del index, state, rng
+  return example
+
+
+def _reads_nothing(completion_text: str, example: Example) -> dict[str, float]:
+  """What a method that ignores the text finds in it."""
+  del completion_text, example
+  return {}
+
+
+def _measures_nothing(rollout: Rollout, logprob_fn: LogprobFn,
+                      encode: EncodeFn) -> dict[str, jax.Array]:
+  """What a method that asks nothing of the policy is told."""
+  del rollout, logprob_fn, encode
+  return {}
+
+
+class Reward(NamedTuple):
+  """A length-adaptive method: pure functions, the caller threads the memory.
+
+  Attributes:
+    apply: (Outcomes, state) -> (Rewards, state); pure arrays, jitted by the
+      loop.
+    init: num_examples N -> state, a pytree (arrays of N numbers or scalars).
+    instruct: (Example, index, state, rng) -> Example; writes a budget into
+      the prompt. `state` is on the host; `rng` depends on (seed, step) only.
+    read: (completion text, Example) -> {name: float}; becomes `extras`. It
+      runs beside grading, on the host that holds the text.
+    measure: (Rollout, logprob_fn, encode) -> {name: float32 [P, G]}; extra
+      questions to the policy; becomes `extras`.
+  """
+
+  apply: Callable[[Outcomes, Any], tuple[Rewards, Any]]
+  init: Callable[[int], Any] = _no_memory
+  instruct: Callable[[Example, int, Any, np.random.Generator],
+                     Example] = _unchanged
+  read: Callable[[str, Example], dict[str, float]] = _reads_nothing
+  measure: Callable[[Rollout, LogprobFn, EncodeFn],
+                    dict[str, jax.Array]] = _measures_nothing
+
+
+class Task(Protocol):
+  """A data set that can grade."""
+
+  def __len__(self) -> int:
+    """Number of examples, N."""
+
+  def __getitem__(self, index: int) -> Example:
+    """The example with this index, its stable problem id."""
+
+  def grade(self, completion: str, example: Example) -> dict[str, float]:
+    """Grades a completion's text; the text is hostile input.
+
+    Returns:
+      'correct' in [0, 1], 'parsed' 1.0 if an answer was found, and whatever
+      else the task grades, by name.
+    """
