@@ -33,7 +33,7 @@ def module(kind: str, name: str) -> python_types.ModuleType:
     found = importlib.import_module(path)
   except ModuleNotFoundError as error:
     # A plug-in that exists but misses a package of its own is another fault.
-    if error.name and not path.startswith(error.name):
+    if error.name and not f'{path}.'.startswith(f'{error.name}.'):
       raise
     raise ValueError(
         f'unknown name {name!r} in {kind}: expected one of {names(kind)} or '

@@ -13,17 +13,20 @@ Read this file first. Axis letters, used in every signature of the package:
 One token layout everywhere: [ pad … prompt | completion … pad ], L then T
 slots. Sampling, scoring and the loss see the same slots.
 
-Record fields are annotated plainly and carry their shape in the docstring:
-records also hold trees of shardings and of shapes, which a run-time check on
-fields would reject.
+Fields of records that hold arrays are annotated `Leaf` and carry their shape
+in the docstring: the same records hold trees of shardings, of shapes and of
+host arrays, which a run-time check of array fields would reject.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import numpy as np
+
+# An array, or what stands for one in a tree of shardings or shapes.
+Leaf = Any
 
 
 @flax.struct.dataclass
@@ -56,10 +59,10 @@ class Prompts:
     target_lengths: int32 [P], tokens, 0 = none; replicated.
   """
 
-  tokens: jax.Array
-  mask: jax.Array
-  index: jax.Array
-  target_lengths: jax.Array
+  tokens: Leaf
+  mask: Leaf
+  index: Leaf
+  target_lengths: Leaf
 
 
 @flax.struct.dataclass
@@ -76,12 +79,12 @@ class Rollout:
     sampler_logprobs: float32 [B, T], at sampling temperature; 0 on padding.
   """
 
-  prompt_tokens: jax.Array
-  prompt_mask: jax.Array
-  completion_tokens: jax.Array
-  completion_mask: jax.Array
-  action_mask: jax.Array
-  sampler_logprobs: jax.Array
+  prompt_tokens: Leaf
+  prompt_mask: Leaf
+  completion_tokens: Leaf
+  completion_mask: Leaf
+  action_mask: Leaf
+  sampler_logprobs: Leaf
 
 
 @flax.struct.dataclass
@@ -98,12 +101,12 @@ class Outcomes:
       method's `read` and `measure` found.
   """
 
-  correct: jax.Array
-  lengths: jax.Array
-  truncated: jax.Array
-  prompt_index: jax.Array
-  target_lengths: jax.Array
-  extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+  correct: Leaf
+  lengths: Leaf
+  truncated: Leaf
+  prompt_index: Leaf
+  target_lengths: Leaf
+  extras: Mapping[str, Leaf] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -116,12 +119,12 @@ class Rewards:
     keep: bool [P, G], None = all; dropped completions count as absent.
   """
 
-  terms: Mapping[str, jax.Array]
-  weights: Mapping[str, jax.Array] | None = None
-  keep: jax.Array | None = None
+  terms: Mapping[str, Leaf]
+  weights: Mapping[str, Leaf] | None = None
+  keep: Leaf = None
 
   @property
-  def total(self) -> jax.Array:
+  def total(self) -> Leaf:
     """The weighted sum of the terms, float32 [P, G]."""
     weights = self.weights or {}
     return sum(term * weights.get(name, 1.0)
@@ -141,10 +144,10 @@ class Batch:
   """
 
   rollout: Rollout
-  advantages: jax.Array
-  old_logprobs: jax.Array
-  ref_logprobs: jax.Array | None
-  weights: jax.Array
+  advantages: Leaf
+  old_logprobs: Leaf
+  ref_logprobs: Leaf
+  weights: Leaf
 
 
 @flax.struct.dataclass
@@ -160,9 +163,9 @@ class TrainState:
     reward_state: the method's memory; replicated.
   """
 
-  step: jax.Array
-  stage: jax.Array
-  nonfinite: jax.Array
+  step: Leaf
+  stage: Leaf
+  nonfinite: Leaf
   params: Any
   opt_state: Any
   reward_state: Any
@@ -224,6 +227,7 @@ class Reward(NamedTuple):
                     dict[str, jax.Array]] = _measures_nothing
 
 
+@runtime_checkable
 class Task(Protocol):
   """A data set that can grade."""
 

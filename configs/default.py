@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a run, with its default; the other configs start from here.
+
+The config's argument names plug-ins, which bring their own keys:
+`configs/tiny.py:accuracy` or `configs/tiny.py:reward=lapo,task=gsm8k`. The
+command line does the same: `--config.task.name=gsm8k --config.task.path=…`.
+"""
+
+import ml_collections
+
+from lapo_jax import plugins
+
+_KINDS = {'model': 'models', 'task': 'tasks', 'reward': 'rewards'}
+
+
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """The default config.
+
+  Args:
+    argument: comma-separated `section=name`, for the sections model, task and
+      reward; a bare name is a reward.
+  """
+  names = {'model': 'qwen2', 'task': 'arithmetic', 'reward': 'lapo'}
+  for part in filter(None, argument.split(',')):
+    section, _, name = part.rpartition('=')
+    section = section or 'reward'
+    if section not in names:
+      raise ValueError(f'config argument {part!r}: expected section=name with '
+                       f'a section among {sorted(names)}.')
+    names[section] = name
+
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Steps of each stage.
+  config.total_steps = 300
+  # A plug-in each: `name` is the file, the other keys are its own.
+  for section, name in names.items():
+    config[section] = {'name': name, **plugins.defaults(_KINDS[section], name)}
+
+  config.rollout = ml_collections.ConfigDict({
+      'num_prompts': 64,  # P, prompts a step
+      'group_size': 8,  # G, completions a prompt
+      'max_prompt_length': 512,  # tokens; a longer prompt is an error
+      'max_completion_length': 2048,  # tokens; what reaches it is truncated
+      'temperature': 1.0,
+      # 'chat' for the tokenizer's own template, else a text with {question}.
+      'template': 'chat',
+  })
+  if 'cap' in config.reward:
+    # A method's cap is the sampler's.
+    config.reward.cap = config.rollout.get_ref('max_completion_length')
+  config.grader = ml_collections.ConfigDict({
+      'num_workers': 1,
+      'deadline': 5.0,  # seconds a completion
+  })
+  config.advantage = ml_collections.ConfigDict({
+      'baseline': 'mean',  # 'mean' | 'leave_one_out' | 'none'
+      'scale': 'group',  # 'group' | 'batch' | 'none'
+      'decoupled': False,  # each reward term normalised by itself
+      'whiten': 'none',  # 'none' | 'completions' | 'tokens'
+      'eps': 1e-4,  # added to the standard deviation
+  })
+  config.loss = ml_collections.ConfigDict({
+      'clip_low': 0.2,
+      'clip_high': 0.2,
+      'kl_coef': 0.0,  # weight of k3 against the policy at the stage's start
+      'aggregate': 'sequence',  # 'sequence' | 'token' | 'constant'
+  })
+  config.optimizer = ml_collections.ConfigDict({
+      'learning_rate': 1e-6,
+      'warmup_share': 0.03,  # of the stage's updates
+      'final_share': 0.1,  # of the learning rate, reached by a cosine
+      'b1': 0.9,
+      'b2': 0.95,
+      'weight_decay': 0.0,
+      'clip_norm': 1.0,
+  })
+  config.updates = ml_collections.ConfigDict({
+      'num_epochs': 1,
+      'num_minibatches': 1,
+      'microbatch_size': 16,  # completions whose gradient is taken at once
+  })
+  config.mesh = ml_collections.ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1})
+  config.eval = ml_collections.ConfigDict({
+      'num_samples': 1,  # completions a problem
+      'batch_size': 64,  # problems sampled together
+      'temperature': 1.0,  # 0 is greedy
+      'num_examples': 256,  # problems at most
+      # Overrides of `task` that give the held-out problems; {} = the task's
+      # last `num_examples`, which are then not trained on.
+      'task': {},
+  })
+  # Overrides, one set a stage: {'name': …, 'reward.stage': …}; () = one stage.
+  config.stages = ()
+  # In steps; the last step of a stage always counts.
+  config.log_every = 1
+  config.samples_every = 10
+  config.eval_every = 20
+  config.checkpoint_every = 50
+  return config

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to the programs and places of a stage, all checked.
+
+`build` is the one room that knows how a config's sections map onto the
+arguments of the others, one section to one function. Whatever a user can get
+wrong is refused here, before any compute and before anything is written.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from lapo_jax import evaluate as evaluate_lib
+from lapo_jax import grader as grader_lib
+from lapo_jax import grpo, plugins, rollout, sampling, sharding, types
+from lapo_jax import tokenizer as tokenizer_lib
+from lapo_jax.models import _folders
+
+STREAMS = ('init', 'sample', 'eval')
+
+
+class Run(NamedTuple):
+  """What the loop uses, bound to one stage's config."""
+
+  name: str
+  config: ml_collections.ConfigDict
+  task: types.Task
+  tokenizer: tokenizer_lib.Tokenizer
+  grader: grader_lib.Grader
+  reward: types.Reward
+  encode: Callable
+  sample: Callable
+  make_batch: Callable
+  score: Callable
+  update: Callable
+  evaluate: Callable
+  to_sampler: Callable
+  load_params: Callable
+  init_opt_state: Callable
+  replicate: Callable
+  state_shapes: types.TrainState
+  data: int
+
+
+def stage_configs(
+    config: ml_collections.ConfigDict,
+) -> list[tuple[str, ml_collections.ConfigDict]]:
+  """(name, config) of each stage: the base with the stage's overrides.
+
+  Raises:
+    ValueError: an override of a key that the config lacks.
+  """
+  found = []
+  for i, overrides in enumerate(config.stages or ({},)):
+    stage = ml_collections.ConfigDict(config.to_dict())
+    overrides = dict(overrides)
+    name = overrides.pop('name', f'stage {i + 1}' if config.stages
+                         else config.reward.name)
+    try:
+      stage.update_from_flattened_dict(overrides)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f'stages[{i}]: {error.args[0]}') from error
+    found.append((name, stage))
+  return found
+
+
+def build(name: str, config: ml_collections.ConfigDict) -> Run:
+  """Everything a stage needs; checks what can be checked before any compute.
+
+  Raises:
+    ValueError: a setting that does not fit, with what to change.
+  """
+  # Mesh and model.
+  mesh = sharding.make_mesh(**config.mesh)
+  batch = sharding.batch(mesh)
+  replicated = sharding.replicated(mesh)
+  family = plugins.module('models', config.model.name)
+  model_settings = _without_name(config.model)
+  model = plugins.make('models', config.model.name, **model_settings)
+  param_shapes = family.init_shapes(model)
+  param_shardings = sharding.partition(family.PARTITION_RULES, param_shapes,
+                                       mesh)
+  _check_batches(config, sharding.batch_devices(mesh))
+
+  # Task, text, method.
+  tokenizer = tokenizer_lib.load(_folders.resolve(config.model.path))
+  task_settings = _without_name(config.task)
+  task, eval_task = _make_tasks(config, task_settings)
+  reward_settings = _without_name(config.reward)
+  reward = plugins.make('rewards', config.reward.name, **reward_settings)
+  prompt_shardings = types.Prompts(tokens=batch, mask=batch, index=replicated,
+                                   target_lengths=replicated)
+  encode = rollout.make_encode_fn(
+      tokenizer, config.rollout.template, config.rollout.max_prompt_length,
+      prompt_shardings)
+  reward_shapes = jax.eval_shape(lambda: reward.init(len(task)))
+  _check_prompts(config, task, encode, reward,
+                 jax.device_get(reward.init(len(task))))
+  # A worker holds one task: held-out problems are graded by the same code.
+  grader = grader_lib.Grader((config.task.name, task_settings),
+                             (config.reward.name, reward_settings),
+                             **config.grader)
+
+  # Optimizer and state, as shapes: nothing is allocated yet.
+  optimizer = make_optimizer(config)
+  opt_shapes = jax.eval_shape(optimizer.init, param_shapes)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = types.TrainState(
+      step=scalar, stage=scalar, nonfinite=scalar, params=param_shapes,
+      opt_state=opt_shapes, reward_state=reward_shapes)
+  everywhere = lambda tree: jax.tree.map(lambda _: replicated, tree)
+  opt_shardings = sharding.partition_like(param_shardings, opt_shapes, mesh)
+  state_shardings = types.TrainState(
+      step=replicated, stage=replicated, nonfinite=replicated,
+      params=param_shardings, opt_state=opt_shardings,
+      reward_state=everywhere(reward_shapes))
+  state_shapes = jax.tree.map(
+      lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+      shapes, state_shardings)
+
+  # The programs; XLA compiles each when its first shapes arrive.
+  sampler_shardings = sharding.for_sampling(param_shardings)
+  make_sample = functools.partial(
+      sampling.make_sample_fn, model, eos_ids=tokenizer.eos_ids,
+      pad_id=tokenizer.pad_id,
+      max_completion_length=config.rollout.max_completion_length,
+      shardings=(sampler_shardings, prompt_shardings, batch))
+  forward = {'temperature': config.rollout.temperature,
+             'microbatch_size': config.updates.microbatch_size}
+  make_batch = grpo.make_batch_fn(config.loss.aggregate, shardings=batch)
+  score = grpo.make_score_fn(model, shardings=(param_shardings, batch),
+                             **forward)
+  update = grpo.make_update_fn(
+      model, optimizer, shardings=(state_shardings, batch),
+      clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
+      kl_coef=config.loss.kl_coef, **forward)
+  place = lambda f, to: jax.jit(f, in_shardings=(param_shardings,),
+                                out_shardings=to)
+
+  evaluate = evaluate_lib.make_evaluate_fn(
+      make_sample(group_size=config.eval.num_samples), encode, eval_task,
+      grader, tokenizer, batch_size=config.eval.batch_size,
+      temperature=config.eval.temperature, key=key(config.seed, 'eval', 0))
+  return Run(
+      name=name, config=config, task=task, tokenizer=tokenizer, grader=grader,
+      reward=reward, encode=encode,
+      sample=make_sample(group_size=config.rollout.group_size),
+      make_batch=make_batch, score=score, update=update, evaluate=evaluate,
+      to_sampler=place(lambda params: params, sampler_shardings),
+      load_params=lambda: sharding.to_global(
+          family.load(config.model.path, model), param_shardings),
+      init_opt_state=place(optimizer.init, opt_shardings),
+      replicate=lambda tree: sharding.to_global(tree, replicated),
+      state_shapes=state_shapes, data=_fingerprint(task))
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """AdamW; warm-up, then a cosine down to a share of the learning rate."""
+  settings = config.optimizer
+  updates = (config.total_steps * config.updates.num_epochs *
+             config.updates.num_minibatches)
+  schedule = optax.warmup_cosine_decay_schedule(
+      0.0, settings.learning_rate,
+      max(1, round(settings.warmup_share * updates)), updates,
+      settings.final_share * settings.learning_rate)
+  return optax.chain(
+      optax.clip_by_global_norm(settings.clip_norm),
+      optax.adamw(schedule, b1=settings.b1, b2=settings.b2,
+                  weight_decay=settings.weight_decay))
+
+
+def key(seed: int, stream: str, step: int) -> jax.Array:
+  """The random key of a stream at a step; nothing is stored or split."""
+  root = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
+  return jax.random.fold_in(root, step)
+
+
+def _make_tasks(config: ml_collections.ConfigDict, settings: dict[str, Any]
+                ) -> tuple[types.Task, types.Task]:
+  """The training problems and the held-out ones.
+
+  Held out are those of `eval.task`, or else the task's last
+  `eval.num_examples`, which are then not trained on.
+  """
+  name, most = config.task.name, config.eval.num_examples
+  task = plugins.make('tasks', name, **settings)
+  if config.eval.task:
+    held_out = plugins.make('tasks', name, **{**settings, **config.eval.task})
+    return task, evaluate_lib.Part(held_out, 0, min(most, len(held_out)))
+  if most >= len(task):
+    raise ValueError(f'eval.num_examples {most} leaves nothing to train on of '
+                     f'{len(task)} problems: expected fewer, or eval.task.')
+  cut = len(task) - most
+  return (evaluate_lib.Part(task, 0, cut),
+          evaluate_lib.Part(task, cut, len(task)))
+
+
+def _check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
+  """Checks that rows divide evenly into devices and microbatches."""
+  prompts = config.rollout.num_prompts
+  minibatches = config.updates.num_minibatches
+  size = config.updates.microbatch_size
+  if config.rollout.group_size < 2:
+    raise ValueError(f'rollout.group_size {config.rollout.group_size}: '
+                     'expected at least 2, a group is compared with itself.')
+  for name, number in (('rollout.num_prompts', prompts),
+                       ('eval.batch_size', config.eval.batch_size)):
+    if number % parts:
+      near = max(parts, number // parts * parts)
+      raise ValueError(f'{name} {number} does not divide by the {parts} '
+                       f'devices that share a batch: expected a multiple of '
+                       f'{parts}, such as {near} or {near + parts}.')
+  rows = prompts * config.rollout.group_size
+  legal = [n for n in range(parts, rows // minibatches + 1, parts)
+           if rows % (minibatches * n) == 0]
+  if size not in legal:
+    raise ValueError(
+        f'updates.microbatch_size {size} does not fit {rows} completions in '
+        f'{minibatches} minibatches on {parts} devices: expected one of '
+        f'{legal}.')
+
+
+def _check_prompts(config: ml_collections.ConfigDict, task: types.Task,
+                   encode: Callable, reward: types.Reward,
+                   memory: Any) -> None:
+  """Encodes every prompt once, as the method will write it at first."""
+  if config.rollout.num_prompts > len(task):
+    raise ValueError(f'rollout.num_prompts {config.rollout.num_prompts}: '
+                     f'expected at most the task\'s {len(task)} problems.')
+  rng = np.random.default_rng(0)
+  examples = [reward.instruct(task[i], i, memory, rng)
+              for i in range(len(task))]
+  encode(examples, range(len(task)))
+
+
+def _fingerprint(task: types.Task) -> int:
+  """A number that changes with any problem or answer, or their order."""
+  found = 0
+  for i in range(len(task)):
+    text = f'{task[i].question}\0{task[i].answer}\0'
+    found = zlib.crc32(text.encode('utf-8', 'replace'), found)
+  return found
+
+
+def _without_name(section: ml_collections.ConfigDict) -> dict[str, Any]:
+  return {key: value for key, value in section.to_dict().items()
+          if key != 'name'}

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group Relative Policy Optimization: scoring and the sharded update.
+
+  L = Σ_bt w_bt · ( −min(ρA, clip(ρ, 1−ε₋, 1+ε₊)A) + β · k3 ),
+  ρ = exp(logπ − logπ_old),   Σ w = 1                      (arXiv:2402.03300)
+
+The weights w exist before the batch is cut, so the gradients of microbatches
+simply add: neither their size nor the number of devices changes the sum.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import optax
+
+from lapo_jax import losses, ops, types
+
+
+def make_batch_fn(aggregate: str, shardings: Any = None) -> Callable:
+  """A jitted `(rollout, advantages [P, G], slots) -> Batch`, unscored.
+
+  Args:
+    aggregate: how tokens are weighed, see `losses.token_weights`.
+    shardings: of the batch; None on one device.
+
+  Returns:
+    The function. It cuts the completions to `slots` slots, a Python int; what
+    is cut must be padding.
+  """
+
+  def make_batch(rollout, advantages, slots):
+    cut = lambda x: x[:, :slots]
+    # Before the cut: 'constant' divides by the cap.
+    weights = cut(losses.token_weights(rollout.action_mask, aggregate))
+    rollout = rollout.replace(
+        completion_tokens=cut(rollout.completion_tokens),
+        completion_mask=cut(rollout.completion_mask),
+        action_mask=cut(rollout.action_mask),
+        sampler_logprobs=cut(rollout.sampler_logprobs))
+    return types.Batch(
+        rollout=rollout, advantages=ops.to_batch(advantages),
+        old_logprobs=None, ref_logprobs=None, weights=weights)
+
+  return jax.jit(make_batch, static_argnums=2, out_shardings=shardings)
+
+
+def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
+                  shardings: tuple[Any, Any] | None = None) -> Callable:
+  """A jitted `(params, rollout) -> log-probs float32 [B, T]`.
+
+  Args:
+    model: a model family's module.
+    temperature: of sampling: the policy is softmax(logits / temperature).
+    microbatch_size: rows that are scored at once.
+    shardings: of params and of the batch; None on one device.
+  """
+
+  def score(params: Any, rollout: types.Rollout) -> Array:
+    cut = _cut(rollout, microbatch_size)
+    scored = jax.lax.map(
+        lambda part: _forward(model, params, part, temperature)[0], cut)
+    return _uncut(scored)
+
+  if shardings is None:
+    return jax.jit(score)
+  params, batch = shardings
+  return jax.jit(score, in_shardings=shardings, out_shardings=batch)
+
+
+def make_update_fn(
+    model: Any, optimizer: optax.GradientTransformation, *,
+    temperature: float, microbatch_size: int, clip_low: float = 0.2,
+    clip_high: float = 0.2, kl_coef: float = 0.0,
+    shardings: tuple[Any, Any] | None = None) -> Callable:
+  """A jitted `(TrainState, Batch) -> (TrainState, metrics)`; donates the state.
+
+  A non-finite loss or gradient leaves parameters and optimizer as they were,
+  bit for bit, and adds one to `state.nonfinite`; a good one sets it to 0.
+
+  Args:
+    model: a model family's module.
+    optimizer: any optax transformation.
+    temperature: of sampling.
+    microbatch_size: rows whose gradient is taken at once.
+    clip_low: ε₋, the ratio is clipped below at 1 − ε₋.
+    clip_high: ε₊, and above at 1 + ε₊.
+    kl_coef: β, weight of the k3 divergence from the reference policy.
+    shardings: of the state and of the batch; None on one device.
+
+  Returns:
+    The update. Its metrics are float32 []: update/{loss, grad_norm},
+    policy/{entropy, clip_fraction, kl, sampler_kl}, entropy in nats a token.
+  """
+  # A frozen reference costs memory and a forward pass: only if it counts.
+  use_reference = kl_coef > 0
+
+  def loss_fn(params, part):
+    mask = part.rollout.action_mask
+    logprobs, entropies = _forward(model, params, part.rollout, temperature)
+    old_logprobs = part.old_logprobs
+    if old_logprobs is None:
+      old_logprobs = jax.lax.stop_gradient(logprobs)
+    clips = {'clip_low': clip_low, 'clip_high': clip_high}
+    per_token = losses.clipped_surrogate(
+        logprobs, old_logprobs, part.advantages, mask, **clips)
+    kl = jnp.zeros_like(per_token)
+    if use_reference:
+      kl = losses.k3_kl(logprobs, part.ref_logprobs, mask)
+      per_token = per_token + kl_coef * kl
+    clipped = losses.is_clipped(
+        logprobs, old_logprobs, part.advantages, mask, **clips)
+    average = lambda x: jnp.sum(part.weights * x)
+    sampler_kl = losses.k3_kl(part.rollout.sampler_logprobs, logprobs, mask)
+    return average(per_token), {
+        'update/loss': average(per_token),
+        'policy/entropy': average(entropies),
+        'policy/clip_fraction': average(clipped),
+        'policy/kl': average(kl),
+        'policy/sampler_kl': average(sampler_kl),
+    }
+
+  def update(state: types.TrainState, batch: types.Batch):
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+    parts = _cut(batch, microbatch_size)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                         jax.eval_shape(gradient, state.params, first))
+    (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['update/loss'])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jnp.where(finite, new, old)
+    return state.replace(
+        params=jax.tree.map(keep, params, state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+    ), {**metrics, 'update/grad_norm': grad_norm}
+
+  if shardings is None:
+    return jax.jit(update, donate_argnums=0)
+  state, batch = shardings
+  return jax.jit(update, in_shardings=shardings, out_shardings=(state, None),
+                 donate_argnums=0)
+
+
+def minibatches(batch: types.Batch, num_epochs: int,
+                num_minibatches: int) -> Iterator[types.Batch]:
+  """The batch's parts in turn, as often as there are epochs.
+
+  Part j holds rows j, j + n, …: every device keeps its own rows. Its token
+  weights are scaled to sum to 1 again.
+  """
+  if num_minibatches == 1:
+    for _ in range(num_epochs):
+      yield batch
+    return
+  for _ in range(num_epochs):
+    for j in range(num_minibatches):
+      part = jax.tree.map(lambda x, j=j: x[j::num_minibatches], batch)
+      share = jnp.sum(part.weights) / jnp.sum(batch.weights)
+      yield part.replace(weights=part.weights / jnp.where(share > 0, share, 1))
+
+
+def _forward(model: Any, params: Any, rollout: types.Rollout,
+             temperature: float) -> tuple[Float[Array, 'B T'],
+                                          Float[Array, 'B T']]:
+  """Log-probs of the completions and the entropies of their slots."""
+  tokens = jnp.concatenate(
+      [rollout.prompt_tokens, rollout.completion_tokens], axis=1)
+  mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+  hidden, _ = model.apply({'params': params}, tokens,
+                          ops.positions_from_mask(mask), mask)
+  # The slot before a token predicts it.
+  start = rollout.prompt_tokens.shape[1] - 1
+  logits = model.apply({'params': params}, hidden[:, start:-1],
+                       method='unembed')
+  logits = logits / (temperature or 1.0)
+  logprobs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(
+      logprobs, rollout.completion_tokens[..., None], axis=-1)[..., 0]
+  entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+  entropies = jax.lax.stop_gradient(entropies)
+  keep = rollout.completion_mask
+  return jnp.where(keep, chosen, 0.0), jnp.where(keep, entropies, 0.0)
+
+
+def _cut(tree: Any, size: int) -> Any:
+  """[B, …] -> [B/size, size, …]; microbatch j holds rows j, j + B/size, …"""
+
+  def cut(x):
+    parts = x.shape[0] // size
+    return x.reshape(size, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(cut, tree)
+
+
+def _uncut(x: Array) -> Array:
+  """What `_cut` did, undone."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program: flags, then `train.train_and_evaluate`.
+
+  python -m lapo_jax.main --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+import re
+import sys
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lapo_jax import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The run; its argument, after a colon, is the method.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+
+# A plug-in's name decides which other keys its section has.
+_NAME_FLAG = re.compile(r'--config\.(model|task|reward)\.name=(.*)')
+
+
+def run() -> None:
+  """The command; a user's mistake ends it with one line and status 2."""
+  try:
+    argv = flags.FLAGS(names_first(sys.argv))
+  except (flags.Error, ValueError, TypeError, KeyError, AttributeError,
+          OSError) as error:
+    _stop(error)
+  app.run(main, argv=argv, flags_parser=lambda args: args)
+
+
+def names_first(argv: list[str]) -> list[str]:
+  """Moves `--config.task.name=x` into the config's argument.
+
+  There a plug-in's name is known before the keys of its section are read.
+  """
+  names = [match for match in map(_NAME_FLAG.fullmatch, argv) if match]
+  if not names:
+    return argv
+  argument = ','.join(f'{match[1]}={match[2]}' for match in names)
+  extended = lambda path: f'{path}{"," if ":" in path else ":"}{argument}'
+  return [f'--config={extended(arg.removeprefix("--config="))}'
+          if arg.startswith('--config=') else arg
+          for arg in argv if not _NAME_FLAG.fullmatch(arg)]
+
+
+def main(argv: list[str]) -> None:
+  """Trains."""
+  del argv
+  logging.set_verbosity(logging.INFO)
+  if not _WORKDIR.value or _CONFIG.value is None:
+    _stop('expected --config=configs/tiny.py --workdir=runs/tiny')
+  try:
+    runs = train.prepare(_CONFIG.value, _WORKDIR.value)
+  except ValueError as error:
+    _stop(error)
+  try:
+    train.train(runs, _WORKDIR.value)
+  except train.TrainingError as error:
+    _stop(error)
+
+
+def _stop(reason: Exception | str) -> NoReturn:
+  """Ends the program with one line."""
+  text = reason.args[0] if getattr(reason, 'args', None) else reason
+  print('lapo_jax: ' + ' '.join(str(text).split()), file=sys.stderr)
+  sys.exit(2)
+
+
+if __name__ == '__main__':
+  run()

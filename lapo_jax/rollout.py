@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where text is: choose problems, encode prompts, grade completions.
+
+All of it runs on the host. Every host chooses and encodes the same prompts;
+each decodes and grades the completions that its own devices hold, and the
+grades are gathered: text stays where it is, numbers go everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lapo_jax import grader as grader_lib
+from lapo_jax import ops, sharding, types
+from lapo_jax import tokenizer as tokenizer_lib
+
+# Tells this stream of random numbers from others of the same seed.
+_ORDER = 1
+
+
+class Graded(NamedTuple):
+  """What grading found.
+
+  Attributes:
+    outcomes: Outcomes of host arrays.
+    rows: the completions that this host decoded, as numbers b.
+    texts: their texts.
+    verdicts: their verdicts, see `grader.VERDICTS`.
+  """
+
+  outcomes: types.Outcomes
+  rows: np.ndarray
+  texts: list[str]
+  verdicts: list[str]
+
+
+def choose(num_examples: int, num_prompts: int, step: int,
+           seed: int) -> np.ndarray:
+  """The problems of a step, int64 [P]; a function of (seed, step) alone.
+
+  Each epoch is one permutation; its last N mod P problems are left out, so
+  that no problem comes twice in a step.
+  """
+  steps_per_epoch = num_examples // num_prompts
+  epoch, turn = divmod(step, steps_per_epoch)
+  order = np.random.default_rng((seed, _ORDER, epoch)).permutation(num_examples)
+  return order[turn * num_prompts:(turn + 1) * num_prompts]
+
+
+def make_encode_fn(tokenizer: tokenizer_lib.Tokenizer, template: str,
+                   max_prompt_length: int, shardings: Any) -> Callable:
+  """`(examples, indices) -> Prompts`, left-padded to a bucketed length.
+
+  Args:
+    tokenizer: the model's.
+    template: 'chat' for the tokenizer's own chat template, else a text with
+      {question} in it.
+    max_prompt_length: prompt slots in tokens; a longer prompt is an error,
+      never cut.
+    shardings: of `types.Prompts`.
+
+  Raises:
+    ValueError: a template without {question}; on a call, a prompt that does
+      not fit.
+  """
+  if template != 'chat' and '{question}' not in template:
+    raise ValueError(f'rollout.template {template!r}: expected "chat" or a '
+                     'text with {question} in it.')
+
+  def text(example: types.Example) -> str:
+    # A plain replacement: a format string would read the question's braces.
+    prompt = (tokenizer.chat(example.question) if template == 'chat' else
+              template.replace('{question}', example.question))
+    return prompt + example.prefill
+
+  def encode(examples: Sequence[types.Example],
+             indices: Sequence[int]) -> types.Prompts:
+    rows = tokenizer.encode([text(example) for example in examples])
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    if len(rows[longest]) > max_prompt_length:
+      raise ValueError(
+          f'the prompt of problem {indices[longest]} has {len(rows[longest])} '
+          f'tokens, the slots hold {max_prompt_length}: raise '
+          'rollout.max_prompt_length or leave the problem out.')
+    slots = ops.bucket(len(rows[longest]), max_prompt_length)
+    tokens = np.full((len(rows), slots), tokenizer.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, row in enumerate(rows):
+      tokens[i, slots - len(row):] = row
+      mask[i, slots - len(row):] = True
+    return sharding.to_global(types.Prompts(
+        tokens=tokens, mask=mask, index=np.asarray(indices, np.int32),
+        target_lengths=np.array([e.target_length for e in examples],
+                                np.int32)), shardings)
+
+  return encode
+
+
+def grade(samples: types.Rollout, prompts: types.Prompts,
+          examples: Sequence[types.Example], grader: grader_lib.Grader,
+          tokenizer: tokenizer_lib.Tokenizer) -> Graded:
+  """Grades a rollout against its examples, one example per group.
+
+  A truncated completion is wrong, whatever its text says.
+  """
+  num_rows = samples.completion_tokens.shape[0]
+  group_size = num_rows // len(examples)
+  rows, tokens = sharding.local_rows(samples.completion_tokens)
+  _, masks = sharding.local_rows(samples.completion_mask)
+  lengths = masks.sum(axis=1)
+  last = tokens[np.arange(len(rows)), np.maximum(lengths - 1, 0)]
+  truncated = ~np.isin(last, tokenizer.eos_ids)
+
+  texts = tokenizer.decode([t[:n] for t, n in zip(tokens, lengths,
+                                                  strict=True)])
+  results = grader.grade(texts, [examples[b // group_size] for b in rows])
+  verdicts = [r.pop('verdict') for r in results]
+  for result, cut, verdict in zip(results, truncated, verdicts, strict=True):
+    result['correct'] *= not cut
+    result['timeout'] = float(verdict == 'timeout')
+    result['crash'] = float(verdict == 'crash')
+
+  names = sorted(results[0])
+  found = np.array([[r[name] for name in names] for r in results], np.float32)
+  columns = np.concatenate(
+      [found, lengths[:, None], truncated[:, None]], axis=1, dtype=np.float32)
+  columns = sharding.from_hosts(rows, columns, num_rows)
+  grouped = {name: jnp.asarray(column.reshape(-1, group_size))
+             for name, column in zip([*names, 'lengths', 'truncated'],
+                                     columns.T, strict=True)}
+  outcomes = types.Outcomes(
+      correct=grouped.pop('correct'),
+      lengths=grouped.pop('lengths').astype(jnp.int32),
+      truncated=grouped.pop('truncated') > 0,
+      prompt_index=prompts.index, target_lengths=prompts.target_lengths,
+      extras=grouped)
+  return Graded(outcomes, rows, texts, verdicts)

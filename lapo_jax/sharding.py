@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and where arrays lie on it: the only room that knows.
+
+Three axes: `data` (copies of the model), `fsdp` (parameters cut, batch cut)
+and `tensor` (layers cut). Big arrays are sharded by the model family's rules
+or over the batch axes; everything shaped [P, G] is replicated.
+
+`jax.jit` with shardings is what used to be called pjit.
+"""
+
+from collections.abc import Sequence
+import math
+import re
+from typing import Any
+
+import flax.traverse_util
+import jax
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+AXES = ('data', 'fsdp', 'tensor')
+_BATCH_AXES = ('data', 'fsdp')
+
+# (regex on the parameter's path, how its axes lie on the mesh)
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
+              devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over all devices; one axis may be -1, "what is left".
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) == 1 and known and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
+    asked = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    raise ValueError(
+        f'mesh {asked} does not fit {len(devices)} devices: expected axes '
+        'whose product is that number; -1 takes what is left.')
+  # An Auto mesh by construction: jax.make_mesh's default axes are Explicit.
+  return Mesh(mesh_utils.create_device_mesh(sizes, devices=devices), AXES)
+
+
+def partition(rules: Rules, shapes: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for each parameter, by the first rule that matches.
+
+  An axis that does not divide evenly is left whole.
+
+  Raises:
+    ValueError: a parameter that no rule covers.
+  """
+  flat = flax.traverse_util.flatten_dict(shapes, sep='/')
+  found = {path: NamedSharding(mesh, _fit(_rule(rules, path), leaf.shape,
+                                          mesh))
+           for path, leaf in flat.items()}
+  return flax.traverse_util.unflatten_dict(found, sep='/')
+
+
+def partition_like(params_shardings: Any, tree_shapes: Any, mesh: Mesh) -> Any:
+  """Shardings of a tree that holds copies of the parameters' tree.
+
+  An optimizer's moments lie as their parameters do; all else is replicated.
+  """
+  flat = flax.traverse_util.flatten_dict(params_shardings, sep='/')
+
+  def sharding(path, leaf):
+    keys = [str(getattr(k, 'key', '')) for k in path]
+    for start in range(len(keys)):
+      name = '/'.join(keys[start:])
+      if name in flat and leaf.ndim:
+        return flat[name]
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(sharding, tree_shapes)
+
+
+def for_sampling(shardings: Any) -> Any:
+  """The same shardings with `fsdp` dropped: decode would gather each step."""
+
+  def drop(sharding):
+    spec = (None if axis == 'fsdp' else axis for axis in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(drop, shardings)
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """Rows cut over the batch axes."""
+  return NamedSharding(mesh, PartitionSpec(_BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Into how many parts a batch is cut."""
+  return math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+
+
+def to_global(tree: Any, shardings: Any) -> Any:
+  """Host arrays, the same on every host, as device arrays."""
+
+  def put(array, sharding):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding,
+                                        lambda index: array[index])
+
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda array: put(array, shardings), tree)
+  return jax.tree.map(put, tree, shardings)
+
+
+def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  """(row numbers, rows) of a batch-sharded array that this host holds.
+
+  A row that several devices hold comes once.
+  """
+  parts = {}
+  for shard in array.addressable_shards:
+    start = shard.index[0].start or 0
+    if start not in parts:
+      parts[start] = np.asarray(shard.data)
+  rows = [np.arange(start, start + len(parts[start]))
+          for start in sorted(parts)]
+  return np.concatenate(rows), np.concatenate(
+      [parts[start] for start in sorted(parts)])
+
+
+def from_hosts(rows: np.ndarray, values: np.ndarray,
+               num_rows: int) -> np.ndarray:
+  """[B] numbers of which each host knows those of its rows."""
+  whole = np.zeros((num_rows, *values.shape[1:]), values.dtype)
+  whole[rows] = values
+  if jax.process_count() == 1:
+    return whole
+  known = np.zeros(num_rows, bool)
+  known[rows] = True
+  every, knew = multihost_utils.process_allgather((whole, known))
+  first = np.argmax(knew, axis=0)
+  return every[first, np.arange(num_rows)]
+
+
+def _rule(rules: Rules, path: str) -> PartitionSpec:
+  for pattern, spec in rules:
+    if re.fullmatch(pattern, path):
+      return spec
+  raise ValueError(f'no partition rule covers the parameter {path}: add one '
+                   'to the PARTITION_RULES of its model family.')
+
+
+def _fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  axes = [axis if axis and size % mesh.shape[axis] == 0 else None
+          for axis, size in zip(spec, shape, strict=False)]
+  return PartitionSpec(*axes)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composes the rooms: `prepare` builds the stages, `train_stage` loops.
+
+A step of training is a sentence: choose prompts, sample groups, grade
+outcomes, reward, advantages, update. A run is a tuple of stages; at a stage's
+start the optimizer is new and the reference policy is the policy as it
+stands, while the method's memory passes on.
+"""
+
+from collections.abc import Callable
+import functools
+import itertools
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lapo_jax import advantages as advantages_lib
+from lapo_jax import (
+  build,
+  checkpoint,
+  grpo,
+  metrics,
+  ops,
+  report,
+  rollout,
+  types,
+)
+from lapo_jax import evaluate as evaluate_lib
+
+# Tells the random numbers of `instruct` from others of the same seed.
+_INSTRUCT = 2
+# A run that skips this many updates in a row has nothing left to learn from.
+_MAX_NONFINITE = 3
+# Keys in which a resumed run may differ: they change no number it computes.
+_FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
+              'checkpoint_every')
+
+
+class TrainingError(RuntimeError):
+  """Training broke down; the message says what to change."""
+
+
+def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
+                last_step: int, writer: metrics.Writer,
+                save: Callable) -> types.TrainState:
+  """Trains from `state.step` to `last_step`.
+
+  Raises:
+    TrainingError: several updates in a row were not finite.
+  """
+  config = run.config
+  # With one update a batch the policy that samples is the policy that learns.
+  on_policy = config.updates.num_epochs * config.updates.num_minibatches == 1
+  apply_reward = jax.jit(run.reward.apply)
+  first_step = int(state.step)
+  bar = metrics.progress(last_step, first_step, run.name)
+
+  for step in range(first_step, last_step):
+    timer = metrics.Timer()
+    with timer('prompts'):  # depends on (seed, step) alone: resume is exact
+      memory = jax.device_get(state.reward_state)
+      rng = np.random.default_rng((config.seed, _INSTRUCT, step))
+      indices = rollout.choose(len(run.task), config.rollout.num_prompts, step,
+                               config.seed)
+      examples = [run.reward.instruct(run.task[int(i)], int(i), memory, rng)
+                  for i in indices]
+      prompts = run.encode(examples, indices)
+
+    with timer('sample'):
+      policy = run.to_sampler(state.params)  # decode layout
+      samples = jax.block_until_ready(
+          run.sample(policy, prompts, build.key(config.seed, 'sample', step),
+                     np.float32(config.rollout.temperature)))
+      del policy  # frees the copy before the backward pass
+
+    with timer('grade'):  # text on the host that holds it, numbers everywhere
+      graded = rollout.grade(samples, prompts, examples, run.grader,
+                             run.tokenizer)
+      outcomes = run.replicate(graded.outcomes)
+      score = functools.partial(run.score, state.params)
+      extras = run.reward.measure(samples, score, run.encode)
+      outcomes = outcomes.replace(extras={**outcomes.extras, **extras})
+
+    with timer('advantages'):
+      rewards, reward_state = apply_reward(outcomes, state.reward_state)
+      advantages = advantages_lib.from_rewards(rewards, outcomes.lengths,
+                                               **config.advantage)
+      batch = run.make_batch(samples, advantages, _slots(outcomes, config))
+
+    with timer('score'):
+      batch = batch.replace(
+          old_logprobs=None if on_policy else score(batch.rollout),
+          ref_logprobs=(None if ref_params is None else
+                        run.score(ref_params, batch.rollout)))
+      jax.block_until_ready(batch)
+
+    with timer('update'):
+      for part in grpo.minibatches(batch, config.updates.num_epochs,
+                                   config.updates.num_minibatches):
+        state, update_metrics = run.update(state, part)  # donates state
+      state = state.replace(step=state.step + 1, reward_state=reward_state)
+      nonfinite = int(state.nonfinite)
+
+    if nonfinite >= _MAX_NONFINITE:
+      raise TrainingError(
+          f'step {step}: loss or gradient was not finite {nonfinite} times in '
+          'a row; parameters are as before the first. Lower '
+          'optimizer.learning_rate, or look at the samples of these steps.')
+    bar.update()
+    update_metrics = {**update_metrics, 'update/nonfinite': nonfinite}
+    _log(run, writer, step, last_step,
+         metrics.summary(outcomes, rewards, advantages, update_metrics, timer),
+         lambda: _samples(graded, examples, rewards))  # noqa: B023
+    found = None
+    last = step == last_step - 1  # whose evaluation is the stage's record
+    if metrics.every(step, config.eval_every) and not last:
+      found = _evaluate(run, state.params, writer, step)
+    if metrics.every(step, config.checkpoint_every, last=last_step - 1):
+      save(state, found and found['accuracy'])
+
+  bar.close()
+  return state
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict,
+                       workdir: str) -> types.TrainState:
+  """Trains every stage, or what is left of them, and writes the summary.
+
+  Run again after a kill, it goes on from the last checkpoint and ends with
+  the same bits.
+
+  Args:
+    config: see configs/default.py.
+    workdir: the run's folder: config.json, metrics.jsonl, checkpoints/,
+      stages/, summary.json, summary.png.
+
+  Raises:
+    ValueError: a setting that does not fit, or a folder of another run;
+      nothing has been computed or written.
+    TrainingError: training broke down.
+  """
+  return train(prepare(config, workdir), workdir)
+
+
+def prepare(config: ml_collections.ConfigDict,
+            workdir: str) -> list[build.Run]:
+  """Builds every stage and makes the folder this run's own.
+
+  Raises:
+    ValueError: as `train_and_evaluate`.
+  """
+  runs = [build.build(name, stage)
+          for name, stage in build.stage_configs(config)]
+  _claim(pathlib.Path(workdir), config)
+  return runs
+
+
+def train(runs: list[build.Run], workdir: str) -> types.TrainState:
+  """Trains the stages of `prepare`; see `train_and_evaluate`."""
+  started = time.monotonic()
+  workdir = pathlib.Path(workdir).absolute()
+  ends = list(itertools.accumulate(run.config.total_steps for run in runs))
+  logging.info('%d devices, %d stages, %d steps.', jax.device_count(),
+               len(runs), ends[-1])
+  folder = lambda i: workdir / 'checkpoints' / str(i)
+  current, state, spent = _resume(runs, folder)
+  seconds = lambda: spent + time.monotonic() - started
+
+  with metrics.Writer(workdir, resume_step=int(state.step) - 1) as writer:
+    record = functools.partial(_record, workdir, writer)
+    record(0, runs[0], state.params, name='base', steps=0)
+    for i in range(current, len(runs)):
+      run = runs[i]
+      if int(state.stage) < i:
+        state = _begin(run, i, state)
+      save = lambda state, metric, i=i, run=run: checkpoint.save(
+          folder(i), int(state.step), state,
+          {'data': run.data, 'seconds': seconds()}, metric)
+      with run.grader:
+        run.grader.start()
+        state = train_stage(
+            run, state, _reference(runs, i, state, folder),
+            last_step=ends[i], writer=writer, save=save)
+        record(i + 1, run, state.params, name=run.name, steps=ends[i])
+
+  stages = [json.loads(_stage_file(workdir, i).read_text())
+            for i in range(len(runs) + 1)]
+  if jax.process_index() == 0:
+    report.write_summary(workdir, stages, seconds())
+    print(report.table(stages))
+    print(f'Written: {workdir / "summary.json"} and summary.png')
+  return state
+
+
+def _resume(runs: list[build.Run], folder: Callable) -> tuple[int, Any, float]:
+  """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
+  for i in reversed(range(len(runs))):
+    found = checkpoint.restore_latest(folder(i), runs[i].state_shapes)
+    if found is None:
+      continue
+    state, meta = found
+    if meta['data'] != runs[i].data:
+      raise ValueError(
+          f'the problems of task {runs[i].config.task.name!r} are not those '
+          'that this run was trained on: got another fingerprint; restore the '
+          'data or start in a new workdir.')
+    logging.info('Goes on from step %d (%s).', int(state.step), runs[i].name)
+    return i, state, meta['seconds']
+  run = runs[0]
+  params = run.load_params()
+  zero = lambda: run.replicate(np.int32(0))
+  return 0, types.TrainState(
+      step=zero(), stage=zero(), nonfinite=zero(), params=params,
+      opt_state=run.init_opt_state(params),
+      reward_state=run.replicate(run.reward.init(len(run.task)))), 0.0
+
+
+def _begin(run: build.Run, stage: int, state: types.TrainState) -> types.TrainState:
+  """The state at a stage's start: new optimizer, the memory passes on."""
+  memory = state.reward_state
+  if (jax.tree.map(jnp.shape, memory) !=
+      jax.tree.map(jnp.shape, run.state_shapes.reward_state)):
+    memory = run.replicate(run.reward.init(len(run.task)))
+  return state.replace(
+      stage=run.replicate(np.int32(stage)), reward_state=memory,
+      nonfinite=run.replicate(np.int32(0)),
+      opt_state=run.init_opt_state(state.params))
+
+
+def _reference(runs: list[build.Run], stage: int, state: types.TrainState,
+               folder: Callable) -> Any:
+  """Parameters of the policy at the stage's start, None if none is asked.
+
+  They are the pretrained ones, or the last checkpoint of the stage before.
+  """
+  run = runs[stage]
+  if run.config.loss.kl_coef == 0:
+    return None
+  if stage == 0:
+    return run.load_params()
+  before = runs[stage - 1]
+  found, _ = checkpoint.restore_latest(folder(stage - 1), before.state_shapes)
+  end = sum(r.config.total_steps for r in runs[:stage])
+  if int(found.step) != end:
+    raise RuntimeError(
+        f'{folder(stage - 1)}: the checkpoint of step {end}, the reference '
+        f'policy of stage {run.name!r}, is damaged; expected it whole.')
+  return found.params
+
+
+def _record(workdir: pathlib.Path, writer: metrics.Writer, number: int,
+            run: build.Run, params: Any, *, name: str, steps: int) -> None:
+  """Evaluates at a stage's end, once: the summary's row of this stage."""
+  file = _stage_file(workdir, number)
+  if file.exists():
+    return
+  with run.grader:
+    found = _evaluate(run, params, writer, max(steps - 1, 0))
+  if jax.process_index() == 0:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metrics.replace_text(file, metrics.to_json(
+        {'name': name, 'steps': steps, **found}, indent=2))
+
+
+def _stage_file(workdir: pathlib.Path, number: int) -> pathlib.Path:
+  return workdir / 'stages' / f'{number}.json'
+
+
+def _evaluate(run: build.Run, params: Any, writer: metrics.Writer,
+              step: int) -> evaluate_lib.Found:
+  found = run.evaluate(run.to_sampler(params))
+  writer.write(step, run.name,
+               evaluate_lib.scalars(found, run.config.task.name))
+  logging.info('%s: held out: accuracy %.1f %%, mean tokens %.1f, truncated '
+               '%.1f %%', run.name, 100 * found['accuracy'],
+               found['mean_tokens'], 100 * found['truncated'])
+  return found
+
+
+def _log(run: build.Run, writer: metrics.Writer, step: int, last_step: int,
+         scalars: dict[str, float], samples: Callable) -> None:
+  """Numbers, and now and then what they mean and what the model wrote."""
+  config = run.config
+  if metrics.every(step, config.log_every):
+    writer.write(step, run.name, scalars)
+    logging.info('%s', metrics.log_line(step, last_step, scalars))
+  if step == 0 or metrics.every(step, config.samples_every):
+    rows = samples()
+    writer.write_samples(step, run.name, rows)
+    completions = config.rollout.num_prompts * config.rollout.group_size
+    for line in metrics.explain(scalars, completions,
+                                config.rollout.max_completion_length):
+      logging.info('%s', line)
+    logging.info('Samples of step %d:\n%s', step, metrics.samples_table(rows))
+
+
+def _samples(graded: rollout.Graded, examples: list[types.Example],
+             rewards: types.Rewards, count: int = 4) -> list[dict[str, Any]]:
+  """Rows of the samples table: completions from all over the batch."""
+  totals = ops.to_batch(np.asarray(rewards.total))
+  lengths = ops.to_batch(np.asarray(graded.outcomes.lengths))
+  group_size = len(totals) // len(examples)
+  picks = np.linspace(0, len(graded.rows) - 1, count).astype(int)
+  return [{
+      'prompt': (examples[b // group_size].question +
+                 examples[b // group_size].prefill),
+      'completion': graded.texts[i], 'gold': examples[b // group_size].answer,
+      'verdict': graded.verdicts[i], 'length': int(lengths[b]),
+      'reward': float(totals[b])
+  } for i, b in zip(picks, graded.rows[picks], strict=True)]
+
+
+def _slots(outcomes: types.Outcomes,
+           config: ml_collections.ConfigDict) -> int:
+  """Completion slots that scoring and the update need for this batch."""
+  return ops.bucket(int(outcomes.lengths.max()),
+                    config.rollout.max_completion_length)
+
+
+def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Makes the folder this run's own.
+
+  Raises:
+    ValueError: it holds a run with another config; nothing is written.
+  """
+  file = workdir / 'config.json'
+  mine = json.loads(config.to_json())
+  if file.exists():
+    theirs = json.loads(file.read_text())
+    changed = sorted(key for key in {**mine, **theirs}
+                     if key not in _FREE_KEYS
+                     and mine.get(key) != theirs.get(key))
+    if changed:
+      differences = '; '.join(f'{key}: got {mine.get(key)}, the folder\'s run '
+                              f'has {theirs.get(key)}' for key in changed)
+      raise ValueError(f'{workdir} holds another run: {differences}. Give '
+                       'another --workdir, or the same config to go on.')
+  elif jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.replace_text(file, metrics.to_json(mine, indent=2))
+
+

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values and gradients against torch; padding that holds the worst."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from lapo_jax import losses
+
+B, T = 5, 7
+
+
+@pytest.fixture
+def batch():
+  """(logprobs, old, ref, advantages, mask), ratios beyond both bounds."""
+  rng = np.random.default_rng(0)
+  logprobs = -rng.exponential(1.0, (B, T)).astype(np.float32)
+  old = (logprobs + rng.normal(0, 0.4, (B, T))).astype(np.float32)
+  ref = (logprobs + rng.normal(0, 0.6, (B, T))).astype(np.float32)
+  advantages = np.array([1.5, -0.7, 0.0, 2.0, -1.0], np.float32)
+  mask = np.arange(T) < np.array([7, 3, 5, 1, 0])[:, None]
+  return logprobs, old, ref, advantages, mask
+
+
+def surrogate_by_hand(ratio, advantage, clip_low=0.2, clip_high=0.2):
+  """Value and gradient with respect to the log-probability of one token."""
+  value, gradient = jax.value_and_grad(
+      lambda x: losses.clipped_surrogate(
+          x, jnp.zeros((1, 1)), jnp.array([advantage]), jnp.ones((1, 1), bool),
+          clip_low=clip_low, clip_high=clip_high).sum())(
+              jnp.log(jnp.array([[ratio]])))
+  return float(value), float(gradient[0, 0])
+
+
+@pytest.mark.parametrize('ratio,advantage,value,gradient', [
+    (1.0, 2.0, -2.0, -2.0),  # ratio 1: the plain policy gradient
+    (1.0, -2.0, 2.0, 2.0),
+    (1.5, 2.0, -2.4, 0.0),  # more of a good thing: clipped at 1.2
+    (1.5, -2.0, 3.0, 3.0),  # more of a bad one: never clipped
+    (0.5, 2.0, -1.0, -1.0),
+    (0.5, -2.0, 1.6, 0.0),  # less of a bad one: clipped at 0.8
+    (1.5, 0.0, 0.0, 0.0),
+])
+def test_the_clip_acts_on_the_right_side(ratio, advantage, value, gradient):
+  got = surrogate_by_hand(ratio, advantage)
+  assert got == pytest.approx((value, gradient), abs=1e-5)
+  clipped = losses.is_clipped(
+      jnp.log(jnp.array([[ratio]])), jnp.zeros((1, 1)), jnp.array([advantage]),
+      jnp.ones((1, 1), bool))
+  assert bool(clipped[0, 0]) == (gradient == 0.0 and advantage != 0.0)
+
+
+def test_the_two_bounds_are_not_swapped():
+  # DAPO's 0.2 / 0.28: 1.25 lies inside, 0.75 outside.
+  assert surrogate_by_hand(1.25, 1.0, 0.2, 0.28) == pytest.approx(
+      (-1.25, -1.25), abs=1e-5)
+  assert surrogate_by_hand(0.75, -1.0, 0.2, 0.28) == pytest.approx(
+      (0.8, 0.0), abs=1e-5)
+  assert surrogate_by_hand(1.5, 1.0, 0.2, 0.28)[0] == pytest.approx(
+      -1.28, abs=1e-5)
+
+
+def test_k3_by_hand():
+  ref = jnp.array([[-1.0, -2.0, -3.0]])
+  logprobs = jnp.array([[-1.0, -1.0, -5.0]])
+  mask = jnp.ones((1, 3), bool)
+  # e⁻¹ + 1 − 1 and e² − 2 − 1.
+  np.testing.assert_allclose(losses.k3_kl(logprobs, ref, mask),
+                             [[0.0, 0.3678794, 4.3890561]], rtol=1e-6)
+  gradient = jax.grad(lambda x: losses.k3_kl(x, ref, mask).sum())(logprobs)
+  # 1 − exp(d): a step down the gradient moves π towards the reference.
+  np.testing.assert_allclose(gradient, [[0.0, 0.6321206, -6.3890561]],
+                             rtol=1e-6)
+
+
+def test_k3_is_never_negative_and_precise_near_zero():
+  log_ratio = np.linspace(-3, 3, 2001, dtype=np.float32)[None]
+  mask = np.ones((1, 2001), bool)
+  assert (losses.k3_kl(np.zeros_like(log_ratio), log_ratio, mask) >= 0).all()
+  small = losses.k3_kl(jnp.zeros((1, 1)), jnp.full((1, 1), 1e-2),
+                       jnp.ones((1, 1), bool))
+  assert float(small[0, 0]) == pytest.approx(5.0167e-5, rel=1e-3)
+
+
+def test_gradients_are_those_of_torch(batch):
+  torch = pytest.importorskip('torch')
+  logprobs, old, ref, advantages, mask = batch
+  low, high, kl_coef = 0.2, 0.28, 0.1
+
+  def loss(x):
+    per_token = losses.clipped_surrogate(x, old, advantages, mask,
+                                         clip_low=low, clip_high=high)
+    per_token += kl_coef * losses.k3_kl(x, ref, mask)
+    return (losses.token_weights(mask, 'sequence') * per_token).sum()
+
+  value, gradient = jax.value_and_grad(loss)(logprobs)
+
+  # TRL's GRPO loss, as its trainer writes it.
+  x = torch.tensor(logprobs, requires_grad=True)
+  t_old, t_ref, t_mask = map(torch.tensor, (old, ref, mask.astype(np.float32)))
+  t_advantages = torch.tensor(advantages).unsqueeze(1)
+  coef_1 = torch.exp(x - t_old)
+  coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
+  per_token = -torch.min(coef_1 * t_advantages, coef_2 * t_advantages)
+  per_token_kl = torch.exp(t_ref - x) - (t_ref - x) - 1
+  per_token = per_token + kl_coef * per_token_kl
+  sums = (per_token * t_mask).sum(-1) / t_mask.sum(-1).clamp(min=1.0)
+  # TRL divides by all rows; a row without tokens does not count here.
+  expected = sums.sum() / (t_mask.sum(-1) > 0).sum()
+  expected.backward()
+
+  assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+  np.testing.assert_allclose(gradient, x.grad.numpy(), rtol=1e-4, atol=1e-7)
+  clipped = losses.is_clipped(logprobs, old, advantages, mask, clip_low=low,
+                              clip_high=high)
+  expected = (coef_1 > coef_2) & (t_advantages > 0)
+  expected |= (coef_1 < coef_2) & (t_advantages < 0)
+  np.testing.assert_array_equal(clipped, expected.numpy() & mask)
+  assert clipped.any()
+
+
+@pytest.mark.parametrize('filler', [199.0, -199.0, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize('place', [0, 1])
+def test_padding_may_hold_anything(batch, filler, place):
+  logprobs, old, ref, advantages, mask = batch
+
+  def loss(x, pair, advantages):
+    per_token = losses.clipped_surrogate(x, pair[0], advantages, mask)
+    return (per_token + losses.k3_kl(x, pair[1], mask)).sum()
+
+  expected = jax.value_and_grad(loss)(logprobs, (old, ref), advantages)
+  spoil = lambda array: np.where(mask, array, np.float32(filler))
+  if place:
+    old, ref = spoil(old), spoil(ref)
+  else:
+    logprobs = spoil(logprobs)
+  with jax.debug_nans(True):
+    value, gradient = jax.value_and_grad(loss)(logprobs, (old, ref), advantages)
+  assert float(value) == float(expected[0])
+  np.testing.assert_array_equal(gradient, expected[1])
+  np.testing.assert_array_equal(gradient[~mask], 0.0)
+  clipped = losses.is_clipped(logprobs, old, advantages, mask)
+  assert not clipped[~mask].any()
+
+
+def test_square_batches_broadcast_along_tokens():
+  advantages = jnp.array([1.0, -2.0, 3.0])
+  per_token = losses.clipped_surrogate(
+      jnp.zeros((3, 3)), jnp.zeros((3, 3)), advantages, jnp.ones((3, 3), bool))
+  np.testing.assert_array_equal(per_token, [[-1] * 3, [2] * 3, [-3] * 3])
+  clipped = losses.is_clipped(
+      jnp.full((3, 3), 1.0), jnp.zeros((3, 3)), advantages,
+      jnp.ones((3, 3), bool))
+  np.testing.assert_array_equal(clipped, [[True] * 3, [False] * 3, [True] * 3])
+
+
+def test_weights_by_hand():
+  mask = jnp.array([[True, True, True, False], [True, False, False, False],
+                    [False] * 4])
+  np.testing.assert_allclose(
+      losses.token_weights(mask, 'sequence'),
+      [[1 / 6, 1 / 6, 1 / 6, 0], [1 / 2, 0, 0, 0], [0] * 4])
+  np.testing.assert_allclose(
+      losses.token_weights(mask, 'token'),
+      [[1 / 4, 1 / 4, 1 / 4, 0], [1 / 4, 0, 0, 0], [0] * 4])
+  np.testing.assert_allclose(
+      losses.token_weights(mask, 'constant'),
+      [[1 / 12, 1 / 12, 1 / 12, 0], [1 / 12, 0, 0, 0], [0] * 4])
+
+
+@pytest.mark.parametrize('how', losses.AGGREGATES)
+def test_laws_of_weights(batch, how):
+  mask = batch[-1]
+  weights = losses.token_weights(mask, how)
+  assert weights.dtype == jnp.float32
+  np.testing.assert_array_equal(weights[~mask], 0.0)
+  share = mask.mean() if how == 'constant' else 1.0
+  assert float(weights.sum()) == pytest.approx(share, rel=1e-6)
+  with jax.debug_nans(True):
+    empty = losses.token_weights(jnp.zeros((B, T), bool), how)
+  np.testing.assert_array_equal(empty, np.zeros((B, T)))
+  with jax.disable_jit():
+    plain = losses.token_weights(jnp.asarray(mask), how)
+  np.testing.assert_allclose(plain, weights)
+
+
+def padded(array, value):
+  return np.pad(array, ((0, 2), (0, 3)), constant_values=value)
+
+
+@pytest.mark.parametrize('how', ['sequence', 'token'])
+def test_more_padding_changes_nothing(batch, how):
+  def loss(x, old, ref, advantages, mask):
+    per_token = losses.clipped_surrogate(x, old, advantages, mask)
+    per_token += losses.k3_kl(x, ref, mask)
+    return (losses.token_weights(mask, how) * per_token).sum()
+
+  logprobs, old, ref, advantages, mask = batch
+  wider = (padded(logprobs, 99.0), padded(old, -99.0), padded(ref, 99.0),
+           np.pad(advantages, (0, 2)), padded(mask, False))
+  value, gradient = jax.value_and_grad(loss)(*batch)
+  wide_value, wide_gradient = jax.value_and_grad(loss)(*wider)
+  assert float(wide_value) == pytest.approx(float(value), rel=1e-6)
+  np.testing.assert_allclose(wide_gradient, padded(gradient, 0.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize('how', losses.AGGREGATES)
+def test_microbatch_gradients_add(batch, how):
+  logprobs, old, _, advantages, mask = batch
+  weights = losses.token_weights(mask, how)
+
+  def gradient(rows):
+    loss = lambda x: (weights[rows] * losses.clipped_surrogate(
+        x, old[rows], advantages[rows], mask[rows])).sum()
+    return jax.grad(loss)(logprobs[rows])
+
+  whole = gradient(slice(None))
+  parts = [gradient(slice(i, i + 1)) for i in range(B)]
+  np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-6)
+
+
+@pytest.fixture
+def unchecked():
+  """Switches the shape checks off that only tests have."""
+  jaxtyping.config.update('jaxtyping_disable', True)
+  yield
+  jaxtyping.config.update('jaxtyping_disable', False)
+
+
+def test_unknown_aggregates_name_the_legal_ones():
+  with pytest.raises(ValueError, match="'mean'.*'sequence'"):
+    losses.token_weights(jnp.ones((2, 3), bool), 'mean')
+
+
+def test_wrong_shapes_are_named_without_the_type_checker(unchecked):
+  ones, mask = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+  with pytest.raises(ValueError, match=r'shape \(3,\) but expected \(2'):
+    losses.clipped_surrogate(ones, ones, jnp.ones(3), mask)
+  with pytest.raises(ValueError, match=r'\(2, 1\), \(2, 3\)'):
+    losses.k3_kl(ones, jnp.ones((2, 1)), mask)
+  with pytest.raises(ValueError, match=r'rank 1 \(shape \(6,\)\)'):
+    losses.token_weights(mask.reshape(-1))
