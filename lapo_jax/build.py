@@ -7,6 +7,7 @@ wrong is refused here, before any compute and before anything is written.
 """
 
 from collections.abc import Callable
+import copy
 import functools
 from typing import Any, NamedTuple
 import zlib
@@ -38,6 +39,7 @@ class Run(NamedTuple):
   encode: Callable
   sample: Callable
   make_batch: Callable
+  split: Callable
   score: Callable
   update: Callable
   evaluate: Callable
@@ -59,7 +61,9 @@ def stage_configs(
   """
   found = []
   for i, overrides in enumerate(config.stages or ({},)):
-    stage = ml_collections.ConfigDict(config.to_dict())
+    # Deep, so that references stay inside the copy; locked, so that a mistyped
+    # override is no new key.
+    stage = copy.deepcopy(config).lock()
     overrides = dict(overrides)
     name = overrides.pop('name', f'stage {i + 1}' if config.stages
                          else config.reward.name)
@@ -101,7 +105,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       tokenizer, config.rollout.template, config.rollout.max_prompt_length,
       prompt_shardings)
   reward_shapes = jax.eval_shape(lambda: reward.init(len(task)))
-  _check_prompts(config, task, encode, reward,
+  _check_prompts(config, task, eval_task, encode, reward,
                  jax.device_get(reward.init(len(task))))
   # A worker holds one task: held-out problems are graded by the same code.
   grader = grader_lib.Grader((config.task.name, task_settings),
@@ -152,7 +156,8 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       name=name, config=config, task=task, tokenizer=tokenizer, grader=grader,
       reward=reward, encode=encode,
       sample=make_sample(group_size=config.rollout.group_size),
-      make_batch=make_batch, score=score, update=update, evaluate=evaluate,
+      make_batch=make_batch, split=grpo.make_split_fn(batch), score=score,
+      update=update, evaluate=evaluate,
       to_sampler=place(lambda params: params, sampler_shardings),
       load_params=lambda: sharding.to_global(
           family.load(config.model.path, model), param_shardings),
@@ -229,16 +234,21 @@ def _check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
 
 
 def _check_prompts(config: ml_collections.ConfigDict, task: types.Task,
-                   encode: Callable, reward: types.Reward,
-                   memory: Any) -> None:
+                   eval_task: types.Task, encode: Callable,
+                   reward: types.Reward, memory: Any) -> None:
   """Encodes every prompt once, as the method will write it at first."""
   if config.rollout.num_prompts > len(task):
     raise ValueError(f'rollout.num_prompts {config.rollout.num_prompts}: '
                      f'expected at most the task\'s {len(task)} problems.')
   rng = np.random.default_rng(0)
-  examples = [reward.instruct(task[i], i, memory, rng)
-              for i in range(len(task))]
-  encode(examples, range(len(task)))
+  instructed = lambda i: reward.instruct(task[i], i, memory, rng)
+  for length, example, size in (
+      (len(task), instructed, config.rollout.num_prompts),
+      (len(eval_task), eval_task.__getitem__, config.eval.batch_size)):
+    # Filled up to whole batches: the rows must divide over the devices.
+    for start in range(0, length, size):
+      turn = [i % length for i in range(start, start + size)]
+      encode([example(i) for i in turn], turn)
 
 
 def _fingerprint(task: types.Task) -> int:

@@ -273,8 +273,8 @@ def _attempt(read: Callable, *args: Any) -> tuple[Any, str]:
     message = ' '.join(str(error).split())
     reason = f'{type(error).__name__}: {message[:300]}'
   finally:
-    # Orbax closes its event loop at the first failure, and every other read in
-    # flight then prints a traceback that nobody can catch. One reason is enough.
+    # Orbax closes its event loop at the first failure, and each other read in
+    # flight then prints a traceback nobody can catch. One reason is enough.
     if reason:
       time.sleep(0.05)
       gc.collect()

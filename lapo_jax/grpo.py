@@ -32,19 +32,31 @@ def make_batch_fn(aggregate: str, shardings: Any = None) -> Callable:
   """
 
   def make_batch(rollout, advantages, slots):
-    cut = lambda x: x[:, :slots]
     # Before the cut: 'constant' divides by the cap.
-    weights = cut(losses.token_weights(rollout.action_mask, aggregate))
-    rollout = rollout.replace(
-        completion_tokens=cut(rollout.completion_tokens),
-        completion_mask=cut(rollout.completion_mask),
-        action_mask=cut(rollout.action_mask),
-        sampler_logprobs=cut(rollout.sampler_logprobs))
-    return types.Batch(
+    weights = losses.token_weights(rollout.action_mask, aggregate)
+    return _crop(types.Batch(
         rollout=rollout, advantages=ops.to_batch(advantages),
-        old_logprobs=None, ref_logprobs=None, weights=weights)
+        old_logprobs=None, ref_logprobs=None, weights=weights), slots)
 
   return jax.jit(make_batch, static_argnums=2, out_shardings=shardings)
+
+
+def make_split_fn(shardings: Any = None) -> Callable:
+  """A jitted `(batch, num_short, slots) -> (short, long)`: rows by length.
+
+  The `num_short` shortest completions (a Python int) are cut to `slots`
+  slots, which must hold them; the others stay as they are. The update then
+  pays for two lengths instead of the longest alone, and its sums are the same.
+  """
+
+  def split(batch, num_short, slots):
+    lengths = jnp.sum(batch.rollout.completion_mask, axis=1)
+    order = jnp.argsort(lengths, stable=True)
+    short, long = (jax.tree.map(lambda x, rows=rows: x[rows], batch)
+                   for rows in (order[:num_short], order[num_short:]))
+    return _crop(short, slots), long
+
+  return jax.jit(split, static_argnums=(1, 2), out_shardings=shardings)
 
 
 def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
@@ -75,7 +87,9 @@ def make_update_fn(
     temperature: float, microbatch_size: int, clip_low: float = 0.2,
     clip_high: float = 0.2, kl_coef: float = 0.0,
     shardings: tuple[Any, Any] | None = None) -> Callable:
-  """A jitted `(TrainState, Batch) -> (TrainState, metrics)`; donates the state.
+  """A jitted `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
+
+  The batch is a Batch, or a tuple of those that `make_split_fn` makes of one.
 
   A non-finite loss or gradient leaves parameters and optimizer as they were,
   bit for bit, and adds one to `state.nonfinite`; a good one sets it to 0.
@@ -128,11 +142,14 @@ def make_update_fn(
     def add(total, part):
       return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
 
-    parts = _cut(batch, microbatch_size)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    cuts = [_cut(part, microbatch_size) for part in parts]
+    first = jax.tree.map(lambda x: x[0], cuts[0])
+    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                          jax.eval_shape(gradient, state.params, first))
-    (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+    for cut in cuts:
+      total, _ = jax.lax.scan(add, total, cut)
+    grads, metrics = total
 
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['update/loss'])
@@ -152,22 +169,24 @@ def make_update_fn(
                  donate_argnums=0)
 
 
-def minibatches(batch: types.Batch, num_epochs: int,
-                num_minibatches: int) -> Iterator[types.Batch]:
-  """The batch's parts in turn, as often as there are epochs.
+def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
+                ) -> Iterator[tuple[types.Batch, slice]]:
+  """(part, its rows) of the batch in turn, as often as there are epochs.
 
   Part j holds rows j, j + n, …: every device keeps its own rows. Its token
   weights are scaled to sum to 1 again.
   """
   if num_minibatches == 1:
     for _ in range(num_epochs):
-      yield batch
+      yield batch, slice(None)
     return
   for _ in range(num_epochs):
     for j in range(num_minibatches):
-      part = jax.tree.map(lambda x, j=j: x[j::num_minibatches], batch)
+      rows = slice(j, None, num_minibatches)
+      part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
       share = jnp.sum(part.weights) / jnp.sum(batch.weights)
-      yield part.replace(weights=part.weights / jnp.where(share > 0, share, 1))
+      weights = part.weights / jnp.where(share > 0, share, 1)
+      yield part.replace(weights=weights), rows
 
 
 def _forward(model: Any, params: Any, rollout: types.Rollout,
@@ -191,6 +210,20 @@ def _forward(model: Any, params: Any, rollout: types.Rollout,
   entropies = jax.lax.stop_gradient(entropies)
   keep = rollout.completion_mask
   return jnp.where(keep, chosen, 0.0), jnp.where(keep, entropies, 0.0)
+
+
+def _crop(batch: types.Batch, slots: int) -> types.Batch:
+  """The batch with `slots` completion slots."""
+  cut = lambda x: None if x is None else x[:, :slots]
+  rollout = batch.rollout
+  return batch.replace(
+      old_logprobs=cut(batch.old_logprobs),
+      ref_logprobs=cut(batch.ref_logprobs), weights=cut(batch.weights),
+      rollout=rollout.replace(
+          completion_tokens=cut(rollout.completion_tokens),
+          completion_mask=cut(rollout.completion_mask),
+          action_mask=cut(rollout.action_mask),
+          sampler_logprobs=cut(rollout.sampler_logprobs)))
 
 
 def _cut(tree: Any, size: int) -> Any:

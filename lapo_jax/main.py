@@ -4,11 +4,13 @@
   python -m lapo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
+import pathlib
 import re
 import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
+import jax
 from ml_collections import config_flags
 
 from lapo_jax import train
@@ -52,6 +54,10 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.INFO)
   if not _WORKDIR.value or _CONFIG.value is None:
     _stop('expected --config=configs/tiny.py --workdir=runs/tiny')
+  if not jax.config.jax_compilation_cache_dir:
+    # A run that goes on, or the next one, need not compile again.
+    jax.config.update('jax_compilation_cache_dir', str(
+        pathlib.Path.home() / '.cache' / 'lapo_jax'))
   try:
     runs = train.prepare(_CONFIG.value, _WORKDIR.value)
   except ValueError as error:

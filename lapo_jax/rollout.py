@@ -27,7 +27,7 @@ class Graded(NamedTuple):
     outcomes: Outcomes of host arrays.
     rows: the completions that this host decoded, as numbers b.
     texts: their texts.
-    verdicts: their verdicts, see `grader.VERDICTS`.
+    verdicts: their verdicts, see `grader.VERDICTS`, or 'truncated'.
   """
 
   outcomes: types.Outcomes
@@ -121,6 +121,8 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
     result['correct'] *= not cut
     result['timeout'] = float(verdict == 'timeout')
     result['crash'] = float(verdict == 'crash')
+  verdicts = ['truncated' if cut else verdict
+              for cut, verdict in zip(truncated, verdicts, strict=True)]
 
   names = sorted(results[0])
   found = np.array([[r[name] for name in names] for r in results], np.float32)

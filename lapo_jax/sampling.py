@@ -83,7 +83,7 @@ def make_sample_fn(
         into, column[:, None].astype(into.dtype), (0, state.t))
 
     prompt_slots = prompts.mask.shape[1]
-    slots = state.cache.keys[0].shape[1]
+    slots = state.cache.keys[0].shape[2]
     # A finished row sees no new keys; its outputs are never read.
     lengths = state.lengths + live
     key_mask = _key_mask(prompts.mask, lengths, slots)

@@ -156,7 +156,8 @@ def _rule(rules: Rules, path: str) -> PartitionSpec:
                    'to the PARTITION_RULES of its model family.')
 
 
-def _fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def _fit(spec: PartitionSpec, shape: Sequence[int],
+         mesh: Mesh) -> PartitionSpec:
   axes = [axis if axis and size % mesh.shape[axis] == 0 else None
           for axis, size in zip(spec, shape, strict=False)]
   return PartitionSpec(*axes)

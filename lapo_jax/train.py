@@ -23,14 +23,15 @@ import numpy as np
 
 from lapo_jax import advantages as advantages_lib
 from lapo_jax import (
-  build,
-  checkpoint,
-  grpo,
-  metrics,
-  ops,
-  report,
-  rollout,
-  types,
+    build,
+    checkpoint,
+    grpo,
+    metrics,
+    ops,
+    report,
+    rollout,
+    types,
+    wording,
 )
 from lapo_jax import evaluate as evaluate_lib
 
@@ -60,7 +61,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
   on_policy = config.updates.num_epochs * config.updates.num_minibatches == 1
   apply_reward = jax.jit(run.reward.apply)
   first_step = int(state.step)
-  bar = metrics.progress(last_step, first_step, run.name)
+  bar = wording.progress(last_step, first_step, run.name)
 
   for step in range(first_step, last_step):
     timer = metrics.Timer()
@@ -92,7 +93,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       rewards, reward_state = apply_reward(outcomes, state.reward_state)
       advantages = advantages_lib.from_rewards(rewards, outcomes.lengths,
                                                **config.advantage)
-      batch = run.make_batch(samples, advantages, _slots(outcomes, config))
+      lengths = np.ravel(graded.outcomes.lengths)
+      slots = ops.bucket(lengths.max(), config.rollout.max_completion_length)
+      batch = run.make_batch(samples, advantages, slots)
 
     with timer('score'):
       batch = batch.replace(
@@ -102,8 +105,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       jax.block_until_ready(batch)
 
     with timer('update'):
-      for part in grpo.minibatches(batch, config.updates.num_epochs,
-                                   config.updates.num_minibatches):
+      for part, rows in grpo.minibatches(batch, config.updates.num_epochs,
+                                         config.updates.num_minibatches):
+        part = _by_length(run, part, lengths[rows], slots)
         state, update_metrics = run.update(state, part)  # donates state
       state = state.replace(step=state.step + 1, reward_state=reward_state)
       nonfinite = int(state.nonfinite)
@@ -121,7 +125,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
     found = None
     last = step == last_step - 1  # whose evaluation is the stage's record
     if metrics.every(step, config.eval_every) and not last:
-      found = _evaluate(run, state.params, writer, step)
+      found = _evaluate(run, state.params)
+      writer.write(step, run.name,
+                   evaluate_lib.scalars(found, config.task.name))
     if metrics.every(step, config.checkpoint_every, last=last_step - 1):
       save(state, found and found['accuracy'])
 
@@ -174,7 +180,7 @@ def train(runs: list[build.Run], workdir: str) -> types.TrainState:
   seconds = lambda: spent + time.monotonic() - started
 
   with metrics.Writer(workdir, resume_step=int(state.step) - 1) as writer:
-    record = functools.partial(_record, workdir, writer)
+    record = functools.partial(_record, workdir, writer, int(state.step))
     record(0, runs[0], state.params, name='base', steps=0)
     for i in range(current, len(runs)):
       run = runs[i]
@@ -222,7 +228,8 @@ def _resume(runs: list[build.Run], folder: Callable) -> tuple[int, Any, float]:
       reward_state=run.replicate(run.reward.init(len(run.task)))), 0.0
 
 
-def _begin(run: build.Run, stage: int, state: types.TrainState) -> types.TrainState:
+def _begin(run: build.Run, stage: int,
+           state: types.TrainState) -> types.TrainState:
   """The state at a stage's start: new optimizer, the memory passes on."""
   memory = state.reward_state
   if (jax.tree.map(jnp.shape, memory) !=
@@ -255,29 +262,33 @@ def _reference(runs: list[build.Run], stage: int, state: types.TrainState,
   return found.params
 
 
-def _record(workdir: pathlib.Path, writer: metrics.Writer, number: int,
-            run: build.Run, params: Any, *, name: str, steps: int) -> None:
+def _record(workdir: pathlib.Path, writer: metrics.Writer, first_step: int,
+            number: int, run: build.Run, params: Any, *, name: str,
+            steps: int) -> None:
   """Evaluates at a stage's end, once: the summary's row of this stage."""
   file = _stage_file(workdir, number)
   if file.exists():
-    return
-  with run.grader:
-    found = _evaluate(run, params, writer, max(steps - 1, 0))
-  if jax.process_index() == 0:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(file, metrics.to_json(
-        {'name': name, 'steps': steps, **found}, indent=2))
+    found = json.loads(file.read_text())
+  else:
+    with run.grader:
+      found = _evaluate(run, params)
+    if jax.process_index() == 0:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      metrics.replace_text(file, metrics.to_json(
+          {'name': name, 'steps': steps, **found}, indent=2))
+  # Its line counts completed steps. A run that resumes at `first_step` has cut
+  # what it repeats from there on, this line too, whenever it was killed.
+  if steps >= first_step:
+    writer.write(steps, run.name,
+                 evaluate_lib.scalars(found, run.config.task.name))
 
 
 def _stage_file(workdir: pathlib.Path, number: int) -> pathlib.Path:
   return workdir / 'stages' / f'{number}.json'
 
 
-def _evaluate(run: build.Run, params: Any, writer: metrics.Writer,
-              step: int) -> evaluate_lib.Found:
+def _evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
   found = run.evaluate(run.to_sampler(params))
-  writer.write(step, run.name,
-               evaluate_lib.scalars(found, run.config.task.name))
   logging.info('%s: held out: accuracy %.1f %%, mean tokens %.1f, truncated '
                '%.1f %%', run.name, 100 * found['accuracy'],
                found['mean_tokens'], 100 * found['truncated'])
@@ -290,15 +301,15 @@ def _log(run: build.Run, writer: metrics.Writer, step: int, last_step: int,
   config = run.config
   if metrics.every(step, config.log_every):
     writer.write(step, run.name, scalars)
-    logging.info('%s', metrics.log_line(step, last_step, scalars))
+    logging.info('%s', wording.log_line(step, last_step, scalars))
   if step == 0 or metrics.every(step, config.samples_every):
     rows = samples()
     writer.write_samples(step, run.name, rows)
     completions = config.rollout.num_prompts * config.rollout.group_size
-    for line in metrics.explain(scalars, completions,
+    for line in wording.explain(scalars, completions,
                                 config.rollout.max_completion_length):
       logging.info('%s', line)
-    logging.info('Samples of step %d:\n%s', step, metrics.samples_table(rows))
+    logging.info('Samples of step %d:\n%s', step, wording.samples_table(rows))
 
 
 def _samples(graded: rollout.Graded, examples: list[types.Example],
@@ -317,11 +328,18 @@ def _samples(graded: rollout.Graded, examples: list[types.Example],
   } for i, b in zip(picks, graded.rows[picks], strict=True)]
 
 
-def _slots(outcomes: types.Outcomes,
-           config: ml_collections.ConfigDict) -> int:
-  """Completion slots that scoring and the update need for this batch."""
-  return ops.bucket(int(outcomes.lengths.max()),
-                    config.rollout.max_completion_length)
+def _by_length(run: build.Run, batch: types.Batch, lengths: np.ndarray,
+               slots: int) -> types.Batch | tuple[types.Batch, types.Batch]:
+  """The batch split by length where that spares slots."""
+  updates = run.config.updates
+  size = updates.microbatch_size
+  num_short = int(updates.short_share * len(lengths)) // size * size
+  if not num_short:
+    return batch
+  short_slots = ops.bucket(np.sort(lengths)[num_short - 1], slots)
+  if short_slots == slots:
+    return batch
+  return run.split(batch, num_short, short_slots)
 
 
 def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

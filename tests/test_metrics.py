@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from lapo_jax import metrics, types
+from lapo_jax import metrics, types, wording
 
 ROW = {'prompt': 'What is 6·7?', 'completion': 'It is\n\\boxed{42}.',
        'gold': '42', 'verdict': 'correct', 'length': 9, 'reward': 1.5}
@@ -108,7 +108,7 @@ def test_other_processes_touch_nothing(tmp_path, monkeypatch):
     writer.write(0, 's', {'a': 1.0})
     writer.write_samples(0, 's', [ROW])
   assert not (tmp_path / 'run').exists()
-  assert metrics.progress(3, 0, 'x').disable
+  assert wording.progress(3, 0, 'x').disable
 
 
 def test_closing_twice_is_fine_but_not_writing_after(tmp_path):
@@ -192,7 +192,7 @@ def explain(correct, zero_groups, truncated=0.0, **update):
   scalars = {'outcome/correct': correct, 'outcome/truncated': truncated,
              'advantage/zero_groups': zero_groups,
              **{f'update/{name}': value for name, value in update.items()}}
-  return metrics.explain(scalars, completions=256, max_completion_length=128)
+  return wording.explain(scalars, completions=256, max_completion_length=128)
 
 
 def test_explain_says_what_stands_out_and_nothing_else():
@@ -214,9 +214,9 @@ def test_explain_says_what_stands_out_and_nothing_else():
 
 
 def test_log_line_is_compact_and_skips_what_is_missing():
-  assert metrics.log_line(7, 300, {'length/mean': 25.04}) == (
+  assert wording.log_line(7, 300, {'length/mean': 25.04}) == (
       'step   7/300  length 25.0  s/step 0.00')
-  line = metrics.log_line(12, 300, {
+  line = wording.log_line(12, 300, {
       'reward/total': 1.2345, 'outcome/correct': 0.5, 'length/mean': 132.0,
       'outcome/truncated': 0.03, 'advantage/zero_groups': 0.4,
       'policy/entropy': 0.51, 'update/grad_norm': 0.123456,
@@ -238,7 +238,7 @@ def columns(line):
 def test_samples_table_fits_and_holds_nothing_a_terminal_obeys(text):
   row = ROW | {'prompt': text, 'completion': text, 'gold': text,
                'verdict': text}
-  table = metrics.samples_table([row, row])
+  table = wording.samples_table([row, row])
   assert all(columns(line) <= 100 for line in table.split('\n'))
   assert all(c.isprintable() or c == '\n' for c in table)
   for word in ('[31m', '[0m', 'title', 'http', '2J'):
@@ -247,7 +247,7 @@ def test_samples_table_fits_and_holds_nothing_a_terminal_obeys(text):
 
 def test_samples_table_shows_both_ends_of_long_text():
   text = 'START ' + 'middle ' * 900 + '\n\\boxed{7}'
-  table = metrics.samples_table([ROW | {'completion': text}])
+  table = wording.samples_table([ROW | {'completion': text}])
   assert 'START' in table and ' … ' in table and '\\n\\boxed{7}' in table
   assert 'What is 6·7?' in table and '+1.500  42' in table
   assert len(table.splitlines()) < 12
@@ -256,11 +256,11 @@ def test_samples_table_shows_both_ends_of_long_text():
 def test_hostile_escapes_cost_linear_time():
   start = time.perf_counter()
   for text in ('\x1b]', '\x9d', '\x1b[0', '\x1b'):
-    metrics.samples_table([ROW | {'completion': text * 100_000}])
+    wording.samples_table([ROW | {'completion': text * 100_000}])
   assert time.perf_counter() - start < 5.0
 
 
 def test_progress_is_silent_off_a_terminal(capsys):
-  with metrics.progress(3, 1, 'train') as bar:
+  with wording.progress(3, 1, 'train') as bar:
     bar.update()
   assert capsys.readouterr() == ('', '')

@@ -71,7 +71,8 @@ def make_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
   return tokenizer_lib.load(folder)
 
 
-def draw(tokenizer: tokenizer_lib.Tokenizer, size: int, rng: np.random.Generator,
+def draw(tokenizer: tokenizer_lib.Tokenizer, size: int,
+         rng: np.random.Generator,
          mixture: traces.Mixture) -> list[tuple[list[int], int]]:
   """`size` traces as (tokens, number of tokens that are given)."""
   task = arithmetic.make(num_examples=2**40, seed=int(rng.integers(2**31)))

@@ -22,9 +22,12 @@ _MASKED = -1e30
 class KVCache:
   """Keys and values of past slots, one array per layer.
 
+  Heads lie before slots: a decoding step then reads each head's slots in one
+  run of memory, and needs no transposed copy.
+
   Attributes:
-    keys: per layer [B, C, K, E], rotated.
-    values: per layer [B, C, K, E].
+    keys: per layer [B, K, C, E], rotated.
+    values: per layer [B, K, C, E].
     index: int32 [], the slot that the next token is written to.
   """
 
@@ -41,7 +44,7 @@ class KVCache:
   def grow(self, slots: int) -> 'KVCache':
     """The same cache with room for `slots` slots."""
     widen = lambda x: jnp.pad(
-        x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+        x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
     return self.replace(keys=tuple(map(widen, self.keys)),
                         values=tuple(map(widen, self.values)))
 
@@ -50,7 +53,7 @@ def init_cache(batch: int, slots: int, num_layers: int, num_kv_heads: int,
                head_dim: int, dtype: Any) -> KVCache:
   """An empty cache."""
   empty = lambda: tuple(
-      jnp.zeros((batch, slots, num_kv_heads, head_dim), dtype)
+      jnp.zeros((batch, num_kv_heads, slots, head_dim), dtype)
       for _ in range(num_layers))
   return KVCache(keys=empty(), values=empty(), index=jnp.int32(0))
 
@@ -81,24 +84,24 @@ def attention_mask(key_mask: Bool[Array, 'B C'], index: Int[Array, ''],
   return causal[None] & key_mask[:, None, :]
 
 
-def attend(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B C K E'],
-           values: Float[Array, 'B C K E'],
+def attend(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B K C E'],
+           values: Float[Array, 'B K C E'],
            mask: Bool[Array, 'B S C']) -> Float[Array, 'B S H E']:
   """softmax(q·kᵀ/√E)·v; each key head serves H/K query heads."""
   batch, slots, heads, width = queries.shape
-  kv_heads = keys.shape[2]
+  kv_heads = keys.shape[1]
   shared = heads // kv_heads
   # Matrix products over leading batch axes, [B, K, H/K · S, E] by [B, K, C, E]:
   # the form that every backend has a fast routine for.
   rows = queries.transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
-  scores = jnp.einsum('bkre,bkce->bkrc', rows, keys.transpose(0, 2, 1, 3),
+  scores = jnp.einsum('bkre,bkce->bkrc', rows, keys,
                       preferred_element_type=jnp.float32) * width**-0.5
   scores = scores.reshape(batch, kv_heads, shared, slots, -1)
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   mixed = jnp.einsum('bkrc,bkce->bkre',
                      weights.reshape(batch, kv_heads, shared * slots, -1),
-                     values.transpose(0, 2, 1, 3))
+                     values)
   return mixed.reshape(batch, heads, slots, width).transpose(0, 2, 1, 3)
 
 
@@ -154,14 +157,15 @@ class Attention(nn.Module):
         heads * self.head_dim, self.qkv_bias, self.dtype, name=name)(
             x).reshape(batch, slots, heads, self.head_dim)
     queries = rotate(project(self.num_heads, 'query'), angles)
-    keys = rotate(project(self.num_kv_heads, 'key'), angles)
-    values = project(self.num_kv_heads, 'value')
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    keys = heads_first(rotate(project(self.num_kv_heads, 'key'), angles))
+    values = heads_first(project(self.num_kv_heads, 'value'))
     if past is not None:
       past_keys, past_values, index = past
       write = jax.lax.dynamic_update_slice_in_dim
-      keys = write(past_keys, keys.astype(past_keys.dtype), index, axis=1)
+      keys = write(past_keys, keys.astype(past_keys.dtype), index, axis=2)
       values = write(past_values, values.astype(past_values.dtype), index,
-                     axis=1)
+                     axis=2)
     mixed = attend(queries, keys, values, mask).reshape(batch, slots, -1)
     return Linear(width, False, self.dtype, name='out')(mixed), keys, values
 

@@ -30,6 +30,10 @@ PARTITION_RULES = (
     (r'.*norm/scale', PartitionSpec()),
 )
 
+# What config.json must say; the rest has the defaults of transformers.
+_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers',
+          'num_attention_heads', 'num_key_value_heads', 'intermediate_size')
+
 _LAYER = r'model\.layers\.(\d+)\.'
 _NAMES = (
     (r'model\.embed_tokens\.weight', 'embedding', False),
@@ -163,6 +167,10 @@ def make(path: str = 'tiny_reasoner', dtype: str = 'float32') -> Model:
   """
   folder = _folders.resolve(path)
   config = _folders.read_config(folder, ('qwen2',))
+  missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
+  if missing:
+    raise ValueError(f'{path}/config.json: got no {missing}; expected whole '
+                     'numbers.')
   rope = config.get('rope_scaling') or config.get('rope_parameters') or {}
   refused = {
       'use_sliding_window': config.get('use_sliding_window', False),
@@ -196,7 +204,8 @@ def load(path: str, model: Model) -> dict[str, Any]:
   return _folders.load(_folders.resolve(path), _NAMES, init_shapes(model))
 
 
-def save(params: Any, path: str, model: Model, **special_tokens: int) -> None:
+def save(params: Any, path: str | pathlib.Path, model: Model,
+         **special_tokens: int) -> None:
   """Writes a folder that transformers loads.
 
   Args:
