@@ -172,9 +172,10 @@ def make_optimizer(
   settings = config.optimizer
   updates = (config.total_steps * config.updates.num_epochs *
              config.updates.num_minibatches)
+  warmup = max(1, round(settings.warmup_share * updates))
+  # A stage of one update has a warm-up and nothing to decay.
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, settings.learning_rate,
-      max(1, round(settings.warmup_share * updates)), updates,
+      0.0, settings.learning_rate, warmup, max(updates, warmup + 1),
       settings.final_share * settings.learning_rate)
   return optax.chain(
       optax.clip_by_global_norm(settings.clip_norm),

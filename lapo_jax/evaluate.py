@@ -31,6 +31,8 @@ class Part:
     return self._stop - self._start
 
   def __getitem__(self, index: int) -> types.Example:
+    if not 0 <= index < len(self):  # the neighbours are another part's
+      raise IndexError(f'problem {index} of {len(self)}')
     return self._task[self._start + index]
 
   def grade(self, completion: str, example: types.Example) -> dict[str, float]:

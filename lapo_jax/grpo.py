@@ -127,7 +127,9 @@ def make_update_fn(
     clipped = losses.is_clipped(
         logprobs, old_logprobs, part.advantages, mask, **clips)
     average = lambda x: jnp.sum(part.weights * x)
-    sampler_kl = losses.k3_kl(part.rollout.sampler_logprobs, logprobs, mask)
+    # Against the policy that sampled, whatever was learned since.
+    sampler_kl = losses.k3_kl(part.rollout.sampler_logprobs, old_logprobs,
+                              mask)
     return average(per_token), {
         'update/loss': average(per_token),
         'policy/entropy': average(entropies),
@@ -136,7 +138,8 @@ def make_update_fn(
         'policy/sampler_kl': average(sampler_kl),
     }
 
-  def update(state: types.TrainState, batch: types.Batch):
+  def update(state: types.TrainState,
+             batch: types.Batch | tuple[types.Batch, ...]):
     gradient = jax.grad(loss_fn, has_aux=True)
 
     def add(total, part):
@@ -182,8 +185,11 @@ def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
     return
   for _ in range(num_epochs):
     for j in range(num_minibatches):
+      # Not x[j::n]: XLA would gather the strided rows on every device.
+      part = jax.tree.map(
+          lambda x, j=j: x.reshape(-1, num_minibatches, *x.shape[1:])[:, j],
+          batch)
       rows = slice(j, None, num_minibatches)
-      part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
       share = jnp.sum(part.weights) / jnp.sum(batch.weights)
       weights = part.weights / jnp.where(share > 0, share, 1)
       yield part.replace(weights=weights), rows

@@ -76,7 +76,7 @@ def make_encode_fn(tokenizer: tokenizer_lib.Tokenizer, template: str,
     return prompt + example.prefill
 
   def encode(examples: Sequence[types.Example],
-             indices: Sequence[int]) -> types.Prompts:
+             indices: Sequence[int] | np.ndarray) -> types.Prompts:
     rows = tokenizer.encode([text(example) for example in examples])
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if len(rows[longest]) > max_prompt_length:

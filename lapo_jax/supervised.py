@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sharded step of a weighted token likelihood, for warm starts.
 
-  L = −Σ_bt w_bt · log π(token_bt | earlier tokens),   Σ w = 1
+  L = −Σ_bt w_bt · log π(token_bt | earlier tokens)
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def make_supervised_fn(
   Returns:
     The step; it donates params and opt_state. `batch` is a dict of `tokens`
     int32 [B, S], `mask` bool [B, S] (real tokens) and `weights` float32
-    [B, S], 0 on tokens that are given rather than learned, of sum 1. The loss
-    is in nats a token, float32 [].
+    [B, S], 0 on tokens that are given rather than learned; of sum 1, they make
+    the loss nats a token. The loss is float32 [].
   """
 
   def loss_fn(params, batch):

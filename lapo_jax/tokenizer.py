@@ -67,8 +67,10 @@ def load(folder: pathlib.Path | str) -> Tokenizer:
   # The reader warns that torch is absent, and asks the network for news.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   import transformers  # Seconds to import: only a run that reads text pays.
-  reader = transformers.AutoTokenizer.from_pretrained(
-      str(folder), local_files_only=True, trust_remote_code=False)
+  # Not AutoTokenizer: beside a config.json it takes the model type's class,
+  # which puts its own normalizer, splits and pad token in place of the file's.
+  reader = transformers.PreTrainedTokenizerFast.from_pretrained(
+      str(folder), local_files_only=True)
   eos_ids = _stop_ids(folder) or [reader.eos_token_id]
   if None in eos_ids:
     raise ValueError(f'{folder}: got no stop token; expected eos_token_id in '

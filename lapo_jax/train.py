@@ -94,7 +94,8 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       advantages = advantages_lib.from_rewards(rewards, outcomes.lengths,
                                                **config.advantage)
       lengths = np.ravel(graded.outcomes.lengths)
-      slots = ops.bucket(lengths.max(), config.rollout.max_completion_length)
+      slots = ops.bucket(int(lengths.max()),
+                         config.rollout.max_completion_length)
       batch = run.make_batch(samples, advantages, slots)
 
     with timer('score'):
@@ -315,8 +316,7 @@ def _log(run: build.Run, writer: metrics.Writer, step: int, last_step: int,
 def _samples(graded: rollout.Graded, examples: list[types.Example],
              rewards: types.Rewards, count: int = 4) -> list[dict[str, Any]]:
   """Rows of the samples table: completions from all over the batch."""
-  totals = ops.to_batch(np.asarray(rewards.total))
-  lengths = ops.to_batch(np.asarray(graded.outcomes.lengths))
+  totals, lengths = np.ravel(rewards.total), np.ravel(graded.outcomes.lengths)
   group_size = len(totals) // len(examples)
   picks = np.linspace(0, len(graded.rows) - 1, count).astype(int)
   return [{
@@ -336,7 +336,7 @@ def _by_length(run: build.Run, batch: types.Batch, lengths: np.ndarray,
   num_short = int(updates.short_share * len(lengths)) // size * size
   if not num_short:
     return batch
-  short_slots = ops.bucket(np.sort(lengths)[num_short - 1], slots)
+  short_slots = ops.bucket(int(np.sort(lengths)[num_short - 1]), slots)
   if short_slots == slots:
     return batch
   return run.split(batch, num_short, short_slots)

@@ -92,3 +92,28 @@ def write_tokenizer():
     return folder
 
   return write
+
+
+@pytest.fixture(scope='session')
+def model_folder(tmp_path_factory):
+  """The path of a random one-layer model whose tokens are bytes."""
+  from toys import folder  # the hook above must come first
+  return folder.write(tmp_path_factory.mktemp('models') / 'toy')
+
+
+@pytest.fixture(scope='session')
+def compile_cache(tmp_path_factory):
+  """Programs are compiled once, here and in processes that a test starts."""
+  from jax.experimental.compilation_cache import compilation_cache
+  settings = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
+              'jax_persistent_cache_min_compile_time_secs': 0,
+              'jax_persistent_cache_min_entry_size_bytes': -1}
+  old = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  # JAX decides at its first compilation whether there is a cache.
+  compilation_cache.reset_cache()
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in old.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -4,13 +4,15 @@
   python experiments/lapo_tiny/runs.py --workdir=runs/lapo_tiny
 
 Each run is the program's own command in a process of its own; a run that is
-already complete is not repeated, one that was killed goes on.
+already complete is not repeated, one that was killed goes on. Writes table.md
+and summary.png (of the first seed) to the folder.
 """
 
 import argparse
 from collections.abc import Iterator
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -33,7 +35,7 @@ def main():
   parser.add_argument('--seeds', type=int, default=3)
   flags = parser.parse_args()
 
-  found = {}
+  found, seconds = {}, {}
   for method, seed, config in runs(flags.seeds):
     folder = flags.workdir / f'{method.replace(" ", "_")}_{seed}'
     if not (folder / 'summary.json').exists():
@@ -48,8 +50,16 @@ def main():
       name = stage['name'] if stage['name'] == 'base' else (
           f'{method}: {stage["name"]}')
       found.setdefault(name, []).append(stage)
-    print(f'{method} {seed}: {summary["seconds"]:.0f} s', flush=True)
-  print(table(found))
+    seconds.setdefault(method, []).append(summary['seconds'])
+    print(f'{method}, seed {seed}: {summary["seconds"]:.0f} s', flush=True)
+  # Of the largest of all runs of this call, in KiB.
+  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+  text = '\n'.join([table(found), '', *(
+      f'{method}: {_spread(np.array(spent), ".0f")} s a run.'
+      for method, spent in seconds.items()),
+      f'Peak memory of a process: {peak / 2**20:.1f} GiB.'])
+  (flags.workdir / 'table.md').write_text(text + '\n')
+  print(text)
 
 
 def table(found: dict[str, list[dict]]) -> str:

@@ -9,6 +9,7 @@ out. Everything is a function of --seed.
 
 import argparse
 from collections.abc import Iterator
+import itertools
 import json
 import pathlib
 import time
@@ -31,9 +32,15 @@ TEMPLATE = 'User: {question} Assistant: <think>'
 _VOCAB_SIZE = 320
 _EOS, _PAD = '<|endoftext|>', '<|pad|>'
 # Traces of each level: more of the skills that take longer to learn.
-_LEVEL_WEIGHTS = np.array([1.0, 1.0, 1.5, 2.0, 3.0, 5.0])
+_LEVEL_WEIGHTS = np.array([1.0, 1.5, 2.0, 2.0, 2.5, 3.0])
+# The skills come first, in traces without re-checks or budgets, which teach
+# the same with fewer tokens; then the habits of the mixture.
+_SKILLS = traces.Mixture(styles=(0.3, 0.7, 0.0), budgets=0.0)
+_SKILLS_SHARE = 0.6
 _BUCKETS = (48, 64, 96, 128, 192, 288)
 _BATCH_TOKENS = 4096
+# Learned tokens of a typical batch: the loss is then about nats a token.
+_LEARNED_TOKENS = 2400
 # Traces that are sorted by length together.
 _POOL = 4096
 
@@ -92,9 +99,17 @@ def draw(tokenizer: tokenizer_lib.Tokenizer, size: int,
 
 
 def batches(tokenizer: tokenizer_lib.Tokenizer, seed: int,
-            mixture: traces.Mixture) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of about equal tokens, rows of about equal length."""
-  rng = np.random.default_rng((seed, 1))
+            steps: int) -> Iterator[dict[str, np.ndarray]]:
+  """`steps` batches of about equal tokens, rows of about equal length."""
+  skills = int(_SKILLS_SHARE * steps)
+  for phase, (count, mixture) in enumerate(
+      [(skills, _SKILLS), (steps - skills, traces.Mixture())]):
+    rng = np.random.default_rng((seed, phase))
+    yield from itertools.islice(_batches(tokenizer, rng, mixture), count)
+
+
+def _batches(tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator,
+             mixture: traces.Mixture) -> Iterator[dict[str, np.ndarray]]:
   while True:
     rows = sorted(draw(tokenizer, _POOL, rng, mixture), key=lambda r: len(r[0]))
     cut = []
@@ -114,16 +129,17 @@ def _pad(rows, bucket: int, pad_id: int) -> dict[str, np.ndarray]:
     tokens[i, :len(row)] = row
     mask[i, :len(row)] = True
     learned[i, given:len(row)] = True
+  # Not by the batch's own count: its tokens would weigh more in short rows.
   return {'tokens': tokens, 'mask': mask,
-          'weights': (learned / learned.sum()).astype(np.float32)}
+          'weights': learned.astype(np.float32) / _LEARNED_TOKENS}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=5000)
-  parser.add_argument('--learning_rate', type=float, default=2e-3)
+  parser.add_argument('--steps', type=int, default=4200)
+  parser.add_argument('--learning_rate', type=float, default=3e-3)
   flags = parser.parse_args()
 
   flags.out.mkdir(parents=True, exist_ok=True)
@@ -143,13 +159,11 @@ def main():
   step_fn = supervised.make_supervised_fn(model, optimizer)
   start, seen, losses = time.time(), 0, []
   for step, batch in enumerate(
-      batches(tokenizer, flags.seed, traces.Mixture())):
-    if step == flags.steps:
-      break
+      batches(tokenizer, flags.seed, flags.steps)):
     seen += int(batch['mask'].sum())
     params, opt_state, loss = step_fn(params, opt_state,
                                       jax.tree.map(jnp.asarray, batch))
-    losses.append(loss)
+    losses.append(loss * _LEARNED_TOKENS / np.sum(batch['weights'] > 0))
     if (step + 1) % 200 == 0:
       loss = float(np.mean([float(x) for x in losses[-200:]]))
       print(f'step {step + 1} loss {loss:.4f} tokens {seen / 1e6:.1f} M '

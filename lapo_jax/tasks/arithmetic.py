@@ -4,12 +4,12 @@
 Each level is a different skill, so that a small model is sure of the first
 and unsure of the last, and the working that a level needs grows with it:
 
-  1  two digits plus one           47 + 8
-  2  two-digit differences         83 - 47
-  3  sums of three                 25 + 68 + 47
-  4  one digit times two           7 * 48
-  5  four-digit sums               4837 + 9386
-  6  two digits times two          47 * 86
+  1  sums of three digits        3+8+6
+  2  two-digit sums              47+38
+  3  two-digit differences       83-47
+  4  one digit times two         7*48
+  5  four-digit sums             4837+9386
+  6  one digit times three       7*486
 
 A problem is a pure function of (seed, index). Whether a problem belongs to
 the training or to the held-out split is a function of its operands alone, so
@@ -40,7 +40,7 @@ class Level:
 
 
 def _difference(rng: np.random.Generator) -> tuple[int, int]:
-  a, b = _draw(rng, (10, 99), (10, 99))
+  a, b = _draw(rng, _TWO, _TWO)
   return max(a, b), min(a, b)
 
 
@@ -48,17 +48,15 @@ def _draw(rng: np.random.Generator, *ranges: tuple[int, int]) -> tuple:
   return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
 
 
-_TWO = (10, 99)
+_ONE, _TWO, _THREE, _FOUR = (1, 9), (10, 99), (100, 999), (1000, 9999)
 LEVELS = (
-    Level('+', lambda rng: _draw(rng, _TWO, (1, 9)), lambda a, b: a + b),
-    Level('-', _difference, lambda a, b: a - b),
-    Level('+', lambda rng: _draw(rng, _TWO, _TWO, _TWO),
+    Level('+', lambda rng: _draw(rng, _ONE, _ONE, _ONE),
           lambda a, b, c: a + b + c),
+    Level('+', lambda rng: _draw(rng, _TWO, _TWO), lambda a, b: a + b),
+    Level('-', _difference, lambda a, b: a - b),
     Level('*', lambda rng: _draw(rng, (2, 9), _TWO), lambda a, b: a * b),
-    Level('+', lambda rng: _draw(rng, (1000, 9999), (1000, 9999)),
-          lambda a, b: a + b),
-    Level('*', lambda rng: _draw(rng, (11, 99), (11, 99)),
-          lambda a, b: a * b),
+    Level('+', lambda rng: _draw(rng, _FOUR, _FOUR), lambda a, b: a + b),
+    Level('*', lambda rng: _draw(rng, (2, 9), _THREE), lambda a, b: a * b),
 )
 
 

@@ -36,7 +36,7 @@ def write(path, seed=0):
   (path / 'generation_config.json').write_text(json.dumps(
       {'eos_token_id': [eos, *range(_STOPS)]}))
   model = qwen2.Model(
-      vocab_size=tokenizer.get_vocab_size(), width=32, num_layers=2,
+      vocab_size=tokenizer.get_vocab_size(), width=32, num_layers=1,
       num_heads=2, num_kv_heads=1, mlp_width=64, rope_theta=10000.0,
       max_positions=512)
   params = qwen2.init_params(model, jax.random.key(seed))
