@@ -22,7 +22,7 @@ def get_config(argument=''):
   config.optimizer.update(learning_rate=1e-4)
   config.updates.microbatch_size = 32
   config.eval.batch_size = 256
-  config.eval_every = 15
+  config.eval_every = 30
   config.checkpoint_every = 15
   if config.task.name == 'arithmetic':
     # Few enough that each problem is met several times: M(q) is a memory.

@@ -18,9 +18,18 @@ import ml_collections
 import numpy as np
 import optax
 
+from lapo_jax import (
+    advantages,
+    grpo,
+    losses,
+    plugins,
+    rollout,
+    sampling,
+    sharding,
+    types,
+)
 from lapo_jax import evaluate as evaluate_lib
 from lapo_jax import grader as grader_lib
-from lapo_jax import grpo, plugins, rollout, sampling, sharding, types
 from lapo_jax import tokenizer as tokenizer_lib
 from lapo_jax.models import _folders
 
@@ -81,6 +90,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   Raises:
     ValueError: a setting that does not fit, with what to change.
   """
+  _check_choices(config)
   # Mesh and model.
   mesh = sharding.make_mesh(**config.mesh)
   batch = sharding.batch(mesh)
@@ -173,9 +183,11 @@ def make_optimizer(
   updates = (config.total_steps * config.updates.num_epochs *
              config.updates.num_minibatches)
   warmup = max(1, round(settings.warmup_share * updates))
-  # A stage of one update has a warm-up and nothing to decay.
+  # Not from 0: the first update of a stage counts too. A stage of one update
+  # has a warm-up and nothing to decay.
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, settings.learning_rate, warmup, max(updates, warmup + 1),
+      settings.learning_rate / (warmup + 1), settings.learning_rate, warmup,
+      max(updates, warmup + 1),
       settings.final_share * settings.learning_rate)
   return optax.chain(
       optax.clip_by_global_norm(settings.clip_norm),
@@ -207,6 +219,16 @@ def _make_tasks(config: ml_collections.ConfigDict, settings: dict[str, Any]
   cut = len(task) - most
   return (evaluate_lib.Part(task, 0, cut),
           evaluate_lib.Part(task, cut, len(task)))
+
+
+def _check_choices(config: ml_collections.ConfigDict) -> None:
+  """Checks words that otherwise only a program would read."""
+  for key, legal in (('advantage.baseline', advantages.BASELINES),
+                     ('advantage.scale', advantages.SCALES),
+                     ('advantage.whiten', advantages.WHITENINGS),
+                     ('loss.aggregate', losses.AGGREGATES)):
+    if config[key] not in legal:
+      raise ValueError(f'{key} {config[key]!r}: expected one of {legal}.')
 
 
 def _check_batches(config: ml_collections.ConfigDict, parts: int) -> None:

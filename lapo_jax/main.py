@@ -4,6 +4,7 @@
   python -m lapo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
+import logging as python_logging
 import pathlib
 import re
 import sys
@@ -21,6 +22,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 
 # A plug-in's name decides which other keys its section has.
 _NAME_FLAG = re.compile(r'--config\.(model|task|reward)\.name=(.*)')
+_NEEDS_VALUE = re.compile(r'--config(\.(model|task|reward)\.name)?')
 
 
 def run() -> None:
@@ -38,6 +40,13 @@ def names_first(argv: list[str]) -> list[str]:
 
   There a plug-in's name is known before the keys of its section are read.
   """
+  joined = []
+  for arg in argv:  # `--flag value` is `--flag=value`
+    if joined and _NEEDS_VALUE.fullmatch(joined[-1]):
+      joined[-1] += f'={arg}'
+    else:
+      joined.append(arg)
+  argv = joined
   names = [match for match in map(_NAME_FLAG.fullmatch, argv) if match]
   if not names:
     return argv
@@ -52,6 +61,8 @@ def main(argv: list[str]) -> None:
   """Trains."""
   del argv
   logging.set_verbosity(logging.INFO)
+  # Below a warning it lists the accelerators that this machine lacks.
+  python_logging.getLogger('jax').setLevel('WARNING')
   if not _WORKDIR.value or _CONFIG.value is None:
     _stop('expected --config=configs/tiny.py --workdir=runs/tiny')
   if not jax.config.jax_compilation_cache_dir:
@@ -60,7 +71,7 @@ def main(argv: list[str]) -> None:
         pathlib.Path.home() / '.cache' / 'lapo_jax'))
   try:
     runs = train.prepare(_CONFIG.value, _WORKDIR.value)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     _stop(error)
   try:
     train.train(runs, _WORKDIR.value)
@@ -70,8 +81,14 @@ def main(argv: list[str]) -> None:
 
 def _stop(reason: Exception | str) -> NoReturn:
   """Ends the program with one line."""
-  text = reason.args[0] if getattr(reason, 'args', None) else reason
-  print('lapo_jax: ' + ' '.join(str(text).split()), file=sys.stderr)
+  # A KeyError's text is quoted, an OSError's first argument is a number.
+  arguments = getattr(reason, 'args', None)
+  told = arguments and isinstance(arguments[0], str)
+  text = arguments[0] if told else str(reason)
+  if 'Traceback (most recent call last)' in text:
+    # ml_collections wraps what a config file raises; its last line tells.
+    text = text.strip().splitlines()[-1].partition(': ')[2]
+  print('lapo_jax: ' + ' '.join(text.split()), file=sys.stderr)
   sys.exit(2)
 
 

@@ -105,11 +105,13 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
                         run.score(ref_params, batch.rollout)))
       jax.block_until_ready(batch)
 
+    updates = []
     with timer('update'):
       for part, rows in grpo.minibatches(batch, config.updates.num_epochs,
                                          config.updates.num_minibatches):
         part = _by_length(run, part, lengths[rows], slots)
-        state, update_metrics = run.update(state, part)  # donates state
+        state, found = run.update(state, part)  # donates state
+        updates.append(found)
       state = state.replace(step=state.step + 1, reward_state=reward_state)
       nonfinite = int(state.nonfinite)
 
@@ -119,7 +121,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
           'a row; parameters are as before the first. Lower '
           'optimizer.learning_rate, or look at the samples of these steps.')
     bar.update()
-    update_metrics = {**update_metrics, 'update/nonfinite': nonfinite}
+    update_metrics = {
+        name: np.mean([float(found[name]) for found in updates])
+        for name in updates[0]} | {'update/nonfinite': nonfinite}
     _log(run, writer, step, last_step,
          metrics.summary(outcomes, rewards, advantages, update_metrics, timer),
          lambda: _samples(graded, examples, rewards))  # noqa: B023
@@ -214,7 +218,7 @@ def _resume(runs: list[build.Run], folder: Callable) -> tuple[int, Any, float]:
       continue
     state, meta = found
     if meta['data'] != runs[i].data:
-      raise ValueError(
+      raise TrainingError(
           f'the problems of task {runs[i].config.task.name!r} are not those '
           'that this run was trained on: got another fingerprint; restore the '
           'data or start in a new workdir.')
@@ -351,17 +355,32 @@ def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   file = workdir / 'config.json'
   mine = json.loads(config.to_json())
   if file.exists():
-    theirs = json.loads(file.read_text())
-    changed = sorted(key for key in {**mine, **theirs}
-                     if key not in _FREE_KEYS
-                     and mine.get(key) != theirs.get(key))
+    try:
+      theirs = _settings(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{file}: expected the config of a run: {error}. Give '
+                       'another --workdir.') from error
+    mine = _settings(mine)
+    changed = [f'{key}: got {mine.get(key)}, the folder\'s run has '
+               f'{theirs.get(key)}' for key in sorted({**mine, **theirs})
+               if key.partition('.')[0] not in _FREE_KEYS
+               and mine.get(key) != theirs.get(key)]
     if changed:
-      differences = '; '.join(f'{key}: got {mine.get(key)}, the folder\'s run '
-                              f'has {theirs.get(key)}' for key in changed)
-      raise ValueError(f'{workdir} holds another run: {differences}. Give '
-                       'another --workdir, or the same config to go on.')
+      more = f'; and {len(changed) - 5} more' if len(changed) > 5 else ''
+      raise ValueError(f'{workdir} holds another run: '
+                       f'{"; ".join(changed[:5])}{more}. Give another '
+                       '--workdir, or the same config to go on.')
   elif jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.replace_text(file, metrics.to_json(mine, indent=2))
 
 
+def _settings(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A config's values by dotted key."""
+  found = {}
+  for key, value in section.items():
+    if isinstance(value, dict):
+      found |= _settings(value, f'{prefix}{key}.')
+    else:
+      found[f'{prefix}{key}'] = value
+  return found

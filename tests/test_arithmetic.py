@@ -117,7 +117,8 @@ def test_wrong_settings_are_named(settings):
     ('</think>\\boxed{' + '9' * 10**6 + '}', 0, 0),
     ('</think>\\boxed{9**9**9**9}', 0, 1),
     ("</think>\\boxed{__import__('os').abort()}", 0, 1),
-    ('</think>' + '{' * 10**5 + '\\boxed{336' + '}' * 10**5, 0, 0),  # far from the end
+    # A box too far from the end to be looked for.
+    ('</think>' + '{' * 10**5 + '\\boxed{336' + '}' * 10**5, 0, 0),
     ('\ud800</think>\\boxed{\x1b[2J\ud800}', 0, 1),
     ('</think>\\boxed{\u0663\u0663\u0666}', 0, 1),      # digits of others
 ])

@@ -13,6 +13,7 @@ import itertools
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,13 @@ TEMPLATE = 'User: {question} Assistant: <think>'
 _VOCAB_SIZE = 320
 _EOS, _PAD = '<|endoftext|>', '<|pad|>'
 # Traces of each level: more of the skills that take longer to learn.
-_LEVEL_WEIGHTS = np.array([1.0, 1.5, 2.0, 2.0, 2.5, 3.0])
+_LEVEL_WEIGHTS = np.array([0.7, 1.5, 2.0, 2.0, 2.5, 3.0])
 # The skills come first, in traces without re-checks or budgets, which teach
 # the same with fewer tokens; then the habits of the mixture.
 _SKILLS = traces.Mixture(styles=(0.3, 0.7, 0.0), budgets=0.0)
-_SKILLS_SHARE = 0.6
-_BUCKETS = (48, 64, 96, 128, 192, 288)
+_HABITS = traces.Mixture()
+_PHASES = ((5000, _SKILLS), (1800, _HABITS))
+_BUCKETS = (32, 40, 48, 64, 80, 96, 128, 192, 288)
 _BATCH_TOKENS = 4096
 # Learned tokens of a typical batch: the loss is then about nats a token.
 _LEARNED_TOKENS = 2400
@@ -98,18 +100,9 @@ def draw(tokenizer: tokenizer_lib.Tokenizer, size: int,
                                     strict=True)]
 
 
-def batches(tokenizer: tokenizer_lib.Tokenizer, seed: int,
-            steps: int) -> Iterator[dict[str, np.ndarray]]:
-  """`steps` batches of about equal tokens, rows of about equal length."""
-  skills = int(_SKILLS_SHARE * steps)
-  for phase, (count, mixture) in enumerate(
-      [(skills, _SKILLS), (steps - skills, traces.Mixture())]):
-    rng = np.random.default_rng((seed, phase))
-    yield from itertools.islice(_batches(tokenizer, rng, mixture), count)
-
-
-def _batches(tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator,
-             mixture: traces.Mixture) -> Iterator[dict[str, np.ndarray]]:
+def batches(tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator,
+            mixture: traces.Mixture) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of about equal tokens, rows of about equal length; no end."""
   while True:
     rows = sorted(draw(tokenizer, _POOL, rng, mixture), key=lambda r: len(r[0]))
     cut = []
@@ -118,10 +111,11 @@ def _batches(tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator,
       cut.append((rows[-(_BATCH_TOKENS // bucket):], bucket))
       rows = rows[:-(_BATCH_TOKENS // bucket)]
     for i in rng.permutation(len(cut)):
-      yield _pad(*cut[i], tokenizer.pad_id)
+      yield _pad(*cut[i], tokenizer.pad_id, mixture)
 
 
-def _pad(rows, bucket: int, pad_id: int) -> dict[str, np.ndarray]:
+def _pad(rows, bucket: int, pad_id: int,
+         mixture: traces.Mixture) -> dict[str, np.ndarray]:
   shape = (_BATCH_TOKENS // bucket, bucket)
   tokens = np.full(shape, pad_id, np.int32)
   mask, learned = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -129,17 +123,18 @@ def _pad(rows, bucket: int, pad_id: int) -> dict[str, np.ndarray]:
     tokens[i, :len(row)] = row
     mask[i, :len(row)] = True
     learned[i, given:len(row)] = True
-  # Not by the batch's own count: its tokens would weigh more in short rows.
+  # Habits are shares of styles: no token may weigh more for the length of its
+  # batch's rows. Skills have no shares to keep, and there it helps.
+  count = learned.sum() if mixture is _SKILLS else _LEARNED_TOKENS
   return {'tokens': tokens, 'mask': mask,
-          'weights': learned.astype(np.float32) / _LEARNED_TOKENS}
+          'weights': (learned / count).astype(np.float32)}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=4200)
-  parser.add_argument('--learning_rate', type=float, default=3e-3)
+  parser.add_argument('--learning_rate', type=float, default=2e-3)
   flags = parser.parse_args()
 
   flags.out.mkdir(parents=True, exist_ok=True)
@@ -150,26 +145,37 @@ def main():
   params = qwen2.init_params(model, jax.random.key(flags.seed))
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f'{size / 1e6:.2f} M parameters, {tokenizer.vocab_size} tokens')
+  streams = [
+      itertools.islice(batches(tokenizer, np.random.default_rng(
+          (flags.seed, phase)), mixture), steps)
+      for phase, (steps, mixture) in enumerate(_PHASES)]
+  params = train(model, params, itertools.chain(*streams),
+                 sum(steps for steps, _ in _PHASES), flags.learning_rate)
+  qwen2.save(params, flags.out, model, eos_token_id=tokenizer.eos_ids[0],
+             pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.eos_ids[0])
 
-  schedule = optax.warmup_cosine_decay_schedule(
-      0.0, flags.learning_rate, 200, flags.steps, 0.0)
+
+def train(model: qwen2.Model, params: Any,
+          stream: Iterator[dict[str, np.ndarray]], steps: int,
+          learning_rate: float) -> Any:
+  """The parameters after `steps` batches."""
+  schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 200, steps,
+                                                0.0)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0),
                           optax.adamw(schedule, b2=0.98, weight_decay=0.01))
   opt_state = optimizer.init(params)
   step_fn = supervised.make_supervised_fn(model, optimizer)
   start, seen, losses = time.time(), 0, []
-  for step, batch in enumerate(
-      batches(tokenizer, flags.seed, flags.steps)):
+  for step, batch in enumerate(stream, 1):
     seen += int(batch['mask'].sum())
     params, opt_state, loss = step_fn(params, opt_state,
                                       jax.tree.map(jnp.asarray, batch))
-    losses.append(loss * _LEARNED_TOKENS / np.sum(batch['weights'] > 0))
-    if (step + 1) % 200 == 0:
+    losses.append(loss / batch['weights'].sum())
+    if step % 200 == 0:
       loss = float(np.mean([float(x) for x in losses[-200:]]))
-      print(f'step {step + 1} loss {loss:.4f} tokens {seen / 1e6:.1f} M '
+      print(f'step {step} loss {loss:.4f} tokens {seen / 1e6:.1f} M '
             f'{time.time() - start:.0f} s', flush=True)
-  qwen2.save(params, flags.out, model, eos_token_id=tokenizer.eos_ids[0],
-             pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.eos_ids[0])
+  return params
 
 
 if __name__ == '__main__':

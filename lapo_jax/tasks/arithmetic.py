@@ -4,7 +4,7 @@
 Each level is a different skill, so that a small model is sure of the first
 and unsure of the last, and the working that a level needs grows with it:
 
-  1  sums of three digits        3+8+6
+  1  numbers from their places   300+80+6
   2  two-digit sums              47+38
   3  two-digit differences       83-47
   4  one digit times two         7*48
@@ -48,10 +48,14 @@ def _draw(rng: np.random.Generator, *ranges: tuple[int, int]) -> tuple:
   return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
 
 
-_ONE, _TWO, _THREE, _FOUR = (1, 9), (10, 99), (100, 999), (1000, 9999)
+def _places(rng: np.random.Generator) -> tuple[int, int, int]:
+  hundreds, tens, ones = _draw(rng, *3 * [(1, 9)])
+  return 100 * hundreds, 10 * tens, ones
+
+
+_TWO, _THREE, _FOUR = (10, 99), (100, 999), (1000, 9999)
 LEVELS = (
-    Level('+', lambda rng: _draw(rng, _ONE, _ONE, _ONE),
-          lambda a, b, c: a + b + c),
+    Level('+', _places, lambda a, b, c: a + b + c),
     Level('+', lambda rng: _draw(rng, _TWO, _TWO), lambda a, b: a + b),
     Level('-', _difference, lambda a, b: a - b),
     Level('*', lambda rng: _draw(rng, (2, 9), _TWO), lambda a, b: a * b),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that random weights solve every other time: the text's bytes decide."""
+"""A task that random weights solve now and then: the text's bytes decide."""
 
 from lapo_jax import types
 

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every config builds, every key of it is read, its argument names plug-ins."""
+
+import contextlib
+import importlib
+import json
+import pathlib
+
+import ml_collections
+import pytest
+from toys import config as toy_config
+
+from lapo_jax import build, main, plugins, train
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_CONFIGS = sorted(path.stem for path in (_ROOT / 'configs').glob('[a-z]*.py'))
+
+
+def load(name, argument=''):
+  return importlib.import_module(f'configs.{name}').get_config(argument)
+
+
+@contextlib.contextmanager
+def recorded(monkeypatch):
+  """The keys of a config that are read meanwhile, by path.
+
+  Copying and writing out are not reading; handing a plug-in its section is,
+  since the plug-in refuses what it does not know.
+  """
+  reads, paths, quiet = set(), {}, []
+  original = {name: getattr(ml_collections.ConfigDict, name)
+              for name in ('__getitem__', 'to_dict', 'to_json')}
+
+  def getitem(self, key):
+    value = original['__getitem__'](self, key)
+    path = paths.get(id(self), (self, ''))[1] + key
+    if isinstance(value, ml_collections.ConfigDict):
+      paths[id(value)] = (value, f'{path}.')  # held, so that no id comes twice
+    if not quiet:
+      reads.add(path)
+    return value
+
+  def silent(name):
+    def call(self, *args, **kwargs):
+      section = paths.get(id(self), (self, ''))[1]
+      if not quiet and section in ('model.', 'task.', 'reward.'):
+        reads.update(section + key for key in self)
+      quiet.append(name)
+      try:
+        return original[name](self, *args, **kwargs)
+      finally:
+        quiet.pop()
+    return call
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ml_collections.ConfigDict, '__getitem__', getitem)
+    for name in ('to_dict', 'to_json'):
+      patch.setattr(ml_collections.ConfigDict, name, silent(name))
+    yield reads
+
+
+def keys(config, prefix=''):
+  """The paths of all keys that hold no section."""
+  for key, value in config.to_dict().items():
+    path = f'{prefix}{key}'
+    # What eval.task holds are settings of a task, as in task itself.
+    if isinstance(value, dict) and path != 'eval.task':
+      yield from keys(config[key], f'{path}.')
+    else:
+      yield path
+
+
+def test_every_key_is_read(monkeypatch, model_folder, compile_cache, tmp_path):
+  config = toy_config.get_config()
+  config.model.path = model_folder
+  config.total_steps = 2  # the first step is always shown
+  config.stages = config.stages[:1]
+  config.lock()
+  declared = set(keys(config))
+  with recorded(monkeypatch) as reads:
+    train.train_and_evaluate(config, str(tmp_path))
+  assert {'seed', 'reward.slope', 'mesh.tensor', 'advantage.eps'} <= declared
+  assert declared - reads == set()
+  # The recorder would tell: a key that nobody knows is not among the reads.
+  assert 'loss.entropy_coef' not in reads and 'optimizer.lr' not in reads
+
+
+@pytest.mark.parametrize('name', _CONFIGS)
+def test_every_config_builds(name, model_folder):
+  config = load(name)
+  config.lock()
+  config.model.path = model_folder
+  if config.rollout.template == 'chat':
+    config.rollout.max_prompt_length = 1024  # here a token is a byte
+  stages = build.stage_configs(config)
+  assert [stage for stage, _ in stages]
+  for stage, settings in stages:
+    run = build.build(stage, settings)
+    assert run.name == stage and len(run.task) > 0
+    # The shapes hold what a checkpoint does; nothing was allocated for them.
+    assert run.state_shapes.step.shape == ()
+    assert set(run.state_shapes.reward_state) == {'target', 'low', 'high'}
+
+
+def test_every_config_tells_its_command():
+  for name in _CONFIGS:
+    module = importlib.import_module(f'configs.{name}')
+    if name != 'default':
+      assert f'--config=configs/{name}.py' in module.__doc__
+
+
+def test_tiny_is_both_stages_of_lapo():
+  config = load('tiny')
+  names = [name for name, _ in build.stage_configs(config)]
+  assert names == ['discovery', 'internalisation']
+  assert [stage.reward.stage for _, stage in build.stage_configs(config)
+          ] == names
+  assert config.model.path == 'tiny_reasoner'
+  assert config.eval.task.split == 'test' != config.task.split
+
+
+@pytest.mark.parametrize('argument', ['accuracy', 'reward=accuracy'])
+def test_the_control_has_the_same_steps_and_cap(argument):
+  lapo, control = load('tiny'), load('tiny', argument)
+  assert control.reward.to_dict() == {'name': 'accuracy'}
+  [(name, stage)] = build.stage_configs(control)
+  assert name == 'accuracy'
+  assert stage.total_steps == sum(
+      s.total_steps for _, s in build.stage_configs(lapo))
+  assert control.rollout == lapo.rollout and control.task == lapo.task
+  assert control.eval == lapo.eval and control.optimizer == lapo.optimizer
+
+
+def test_the_argument_names_plugins():
+  config = load('default', 'task=gsm8k,reward=accuracy')
+  assert config.task.to_dict() == {'name': 'gsm8k', 'path': ''}
+  assert config.reward.name == 'accuracy'
+  assert load('default').reward.to_dict() == {
+      'name': 'lapo', **plugins.defaults('rewards', 'lapo'),
+      'cap': config.rollout.max_completion_length}
+  with pytest.raises(ValueError, match=r"'optimizer=adam'.*section=name"):
+    load('default', 'optimizer=adam')
+  with pytest.raises(ValueError, match="'lappo'.*accuracy.*lapo"):
+    load('tiny', 'lappo')
+
+
+@pytest.mark.parametrize('argv, expected', [
+    (['x', '--config=c.py', '--config.seed=1'],
+     ['x', '--config=c.py', '--config.seed=1']),
+    (['x', '--config=c.py', '--config.task.name=gsm8k', '--config.seed=1'],
+     ['x', '--config=c.py:task=gsm8k', '--config.seed=1']),
+    (['x', '--config.reward.name=accuracy', '--config=c.py:task=gsm8k'],
+     ['x', '--config=c.py:task=gsm8k,reward=accuracy']),
+    (['x', '--config=c.py', '--config.task.name=a', '--config.model.name=b'],
+     ['x', '--config=c.py:task=a,model=b']),
+    (['x', '--config', 'c.py', '--config.task.name', 'gsm8k'],
+     ['x', '--config=c.py:task=gsm8k']),
+])
+def test_names_on_the_command_line_go_first(argv, expected):
+  assert main.names_first(argv) == expected
+
+
+def test_a_reward_knows_the_cap_of_sampling(tmp_path):
+  config = load('default')
+  assert config.reward.cap == config.rollout.max_completion_length == 2048
+  config.rollout.max_completion_length = 99
+  assert config.reward.cap == 99
+  # In a stage too, and there alone.
+  config.stages = ({'rollout.max_completion_length': 50}, {})
+  (_, first), (_, second) = build.stage_configs(config)
+  assert (first.reward.cap, second.reward.cap) == (50, 99)
+  assert config.reward.cap == 99
+  # What is written down of it is plain numbers.
+  assert json.loads(config.to_json())['reward']['cap'] == 99
+
+
+def test_a_stage_overrides_known_keys_only():
+  config = load('default')
+  for overrides in ({'rewardd.stage': 'x'}, {'reward.stagee': 'x'},
+                    {'loss.kl_coef': 'much'}):
+    config.stages = (overrides,)
+    with pytest.raises(ValueError, match=r'stages\[0\]'):
+      build.stage_configs(config)
+  config.stages = ({'loss.kl_coef': 0.1}, {'name': 'b', 'seed': 3})
+  (first, one), (second, two) = build.stage_configs(config)
+  assert (first, second) == ('stage 1', 'b')
+  assert (one.loss.kl_coef, two.loss.kl_coef) == (0.1, 0.0)
+  assert (one.seed, two.seed, config.seed) == (0, 3, 0)
