@@ -3,8 +3,10 @@
 
 Each prompt is prefilled once; its keys and values serve its G completions.
 Decoding writes one token a step until every completion has stopped, in
-stretches over which the cache has a fixed size, so that the cost of a step
-follows the live length rather than the cap.
+stretches over which the cache and the number of decoded rows are fixed. At the
+start of a stretch the cache grows by what the stretch needs, and rows that
+have stopped are left out: the cost of a step follows the live lengths and the
+live rows rather than the cap and the batch.
 
 A completion is a function of (parameters, prompt, key, its number b, …):
 its randomness is fold_in(fold_in(key, b), t), so neither batch mates nor the
@@ -21,8 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lapo_jax import ops, types
 
-# Slots by which the cache grows while it decodes.
+# Steps of a stretch, and slots by which the cache grows for it.
 _STRETCH = 64
+# A stretch decodes this share of the rows, the least that holds the live ones.
+_SHARES = (1 / 8, 3 / 8, 1)
 
 
 @flax.struct.dataclass
@@ -37,6 +41,8 @@ class _State:
     tokens: int32 [B, T].
     logprobs: float32 [B, T].
     cache: KVCache of the prompt and the first t tokens.
+    keys: random keys [B], one a completion.
+    prompt_mask: bool [B, L].
   """
 
   t: jax.Array
@@ -46,6 +52,17 @@ class _State:
   tokens: jax.Array
   logprobs: jax.Array
   cache: Any
+  keys: jax.Array
+  prompt_mask: jax.Array
+
+  def take(self, rows: Array) -> '_State':
+    """The state of some rows."""
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, self)
+
+  def put(self, rows: Array, part: '_State') -> '_State':
+    """The state after some rows have gone on by themselves."""
+    return jax.tree.map(lambda x, y: x.at[rows].set(y) if x.ndim else y,
+                        self, part)
 
 
 def make_sample_fn(
@@ -70,11 +87,13 @@ def make_sample_fn(
     when greedy.
   """
   eos = jnp.asarray(eos_ids, jnp.int32)
+  # To leave out rows is to move rows: between devices that costs too much.
+  parts = 1 if shardings is None else shardings[2].num_devices
 
-  def step(params: Any, state: _State, keys: Array, temperature: Array,
-           prompts: types.Prompts) -> _State:
+  def step(params: Any, state: _State, temperature: Array) -> _State:
     """Samples a token for every row and runs the model on it."""
-    tokens, logprobs = _sample_token(state.logits, keys, state.t, temperature)
+    tokens, logprobs = _sample_token(state.logits, state.keys, state.t,
+                                     temperature)
     tokens = jnp.where(state.done, pad_id, tokens)
     logprobs = jnp.where(state.done, 0.0, logprobs)
     live = ~state.done
@@ -82,19 +101,44 @@ def make_sample_fn(
     write = lambda into, column: jax.lax.dynamic_update_slice(
         into, column[:, None].astype(into.dtype), (0, state.t))
 
-    prompt_slots = prompts.mask.shape[1]
+    prompt_slots = state.prompt_mask.shape[1]
     slots = state.cache.keys[0].shape[2]
     # A finished row sees no new keys; its outputs are never read.
     lengths = state.lengths + live
-    key_mask = _key_mask(prompts.mask, lengths, slots)
-    positions = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32) + state.t
+    key_mask = _key_mask(state.prompt_mask, lengths, slots)
+    positions = (jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) +
+                 state.t)
     hidden, cache = model.apply(
         {'params': params}, tokens[:, None], positions[:, None], key_mask,
         state.cache.replace(index=prompt_slots + state.t))
     logits = model.apply({'params': params}, hidden[:, 0], method='unembed')
-    return _State(t=state.t + 1, done=state.done | stopped, logits=logits,
-                  lengths=lengths, tokens=write(state.tokens, tokens),
-                  logprobs=write(state.logprobs, logprobs), cache=cache)
+    return state.replace(
+        t=state.t + 1, done=state.done | stopped, logits=logits,
+        lengths=lengths, tokens=write(state.tokens, tokens),
+        logprobs=write(state.logprobs, logprobs), cache=cache)
+
+  def decode(params: Any, state: _State, temperature: Array,
+             end: int) -> _State:
+    """Steps until every row has stopped or slot `end` is reached."""
+    return jax.lax.while_loop(
+        lambda s: ~jnp.all(s.done) & (s.t < end),
+        lambda s: step(params, s, temperature), state)
+
+  def decode_live(params: Any, state: _State, temperature: Array,
+                  end: int) -> _State:
+    """`decode` of no more rows than it takes to hold the live ones."""
+    rows = state.done.shape[0]
+    sizes = sorted({max(1, int(share * rows)) for share in _SHARES})
+
+    def decode_some(size):
+      if size == rows:
+        return lambda: decode(params, state, temperature, end)
+      live = jnp.argsort(state.done, stable=True)[:size]
+      return lambda: state.put(
+          live, decode(params, state.take(live), temperature, end))
+
+    needed = jnp.searchsorted(jnp.array(sizes), jnp.sum(~state.done))
+    return jax.lax.switch(needed, [decode_some(size) for size in sizes])
 
   def sample(params: Any, prompts: types.Prompts, key: Array,
              temperature: Array) -> types.Rollout:
@@ -110,13 +154,12 @@ def make_sample_fn(
         lengths=jnp.zeros(rows, jnp.int32),
         tokens=jnp.full((rows, cap), pad_id, jnp.int32),
         logprobs=jnp.zeros((rows, cap), jnp.float32),
-        cache=cache.repeat(group_size))
-    for end in [*range(_STRETCH, cap, _STRETCH), cap]:
+        cache=cache.repeat(group_size), keys=keys, prompt_mask=prompts.mask)
+    for start in range(0, cap, _STRETCH):
+      end = min(start + _STRETCH, cap)
       state = state.replace(cache=state.cache.grow(prompt_slots + end))
-      state = jax.lax.while_loop(
-          # Some row still runs, and the cache has room for its next token.
-          lambda s, end=end: ~jnp.all(s.done) & (s.t < end),
-          lambda s: step(params, s, keys, temperature, prompts), state)
+      run = decode_live if start and parts == 1 else decode
+      state = run(params, state, temperature, end)
     mask = jnp.arange(cap)[None] < state.lengths[:, None]
     return types.Rollout(
         prompt_tokens=prompts.tokens, prompt_mask=prompts.mask,
