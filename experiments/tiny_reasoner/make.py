@@ -38,7 +38,10 @@ _LEVEL_WEIGHTS = np.array([0.7, 1.5, 2.0, 2.0, 2.5, 3.0])
 # the same with fewer tokens; then the habits of the mixture.
 _SKILLS = traces.Mixture(styles=(0.3, 0.7, 0.0), budgets=0.0)
 _HABITS = traces.Mixture()
-_PHASES = ((5000, _SKILLS), (1800, _HABITS))
+# Cycles of (peak learning rate, ((steps, traces), …)): the rate warms up and
+# falls to 0 once a cycle.
+_CYCLES = ((2e-3, ((5000, _SKILLS), (1800, _HABITS))),
+           (1.5e-3, ((2400, _HABITS),)))
 _BUCKETS = (32, 40, 48, 64, 80, 96, 128, 192, 288)
 _BATCH_TOKENS = 4096
 # Learned tokens of a typical batch: the loss is then about nats a token.
@@ -134,7 +137,8 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--learning_rate', type=float, default=2e-3)
+  parser.add_argument('--first_cycle', type=int, default=0,
+                      help='goes on from the folder after this many cycles')
   flags = parser.parse_args()
 
   flags.out.mkdir(parents=True, exist_ok=True)
@@ -145,14 +149,20 @@ def main():
   params = qwen2.init_params(model, jax.random.key(flags.seed))
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f'{size / 1e6:.2f} M parameters, {tokenizer.vocab_size} tokens')
-  streams = [
-      itertools.islice(batches(tokenizer, np.random.default_rng(
-          (flags.seed, phase)), mixture), steps)
-      for phase, (steps, mixture) in enumerate(_PHASES)]
-  params = train(model, params, itertools.chain(*streams),
-                 sum(steps for steps, _ in _PHASES), flags.learning_rate)
-  qwen2.save(params, flags.out, model, eos_token_id=tokenizer.eos_ids[0],
-             pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.eos_ids[0])
+  if flags.first_cycle:
+    params = jax.device_put(qwen2.load(str(flags.out), model))
+  for cycle, (learning_rate, phases) in enumerate(_CYCLES):
+    if cycle < flags.first_cycle:
+      continue
+    streams = [
+        itertools.islice(batches(tokenizer, np.random.default_rng(
+            (flags.seed, 10 * cycle + phase)), mixture), steps)
+        for phase, (steps, mixture) in enumerate(phases)]
+    params = train(model, params, itertools.chain(*streams),
+                   sum(steps for steps, _ in phases), learning_rate)
+    qwen2.save(params, flags.out, model, eos_token_id=tokenizer.eos_ids[0],
+               pad_token_id=tokenizer.pad_id,
+               bos_token_id=tokenizer.eos_ids[0])
 
 
 def train(model: qwen2.Model, params: Any,

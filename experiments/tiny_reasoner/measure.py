@@ -3,9 +3,8 @@
 
   python experiments/tiny_reasoner/measure.py
 
-Samples held-out problems at temperature 1: as the model likes, and with the
-style forced by the first token. Prints a table by level; two CPU cores,
-about a minute.
+Samples held-out problems: as the model likes, and with the style forced by
+the first token. Prints a table by level; two CPU cores, about a minute.
 """
 
 import argparse
@@ -52,6 +51,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--model', default='tiny_reasoner')
   parser.add_argument('--num_examples', type=int, default=3000)
+  parser.add_argument('--temperature', type=float, default=1.0)
   flags = parser.parse_args()
 
   model = qwen2.make(flags.model)
@@ -69,8 +69,9 @@ def main():
     forced = _Forced(task, prefill)
     found[style] = evaluate.make_evaluate_fn(
         sample, encode, forced, _Direct(forced), tokenizer, batch_size=500,
-        temperature=1.0, key=jax.random.key(0))(params)
-  print(f'{flags.num_examples} held-out problems, temperature 1')
+        temperature=flags.temperature, key=jax.random.key(0))(params)
+  print(f'{flags.num_examples} held-out problems, temperature '
+        f'{flags.temperature}')
   print('level      ' + ''.join(f'{style:>18}' for style in found))
   rows = [('all', lambda x: x)] + [
       (level, lambda x, level=level: x['by_level'][level])
