@@ -19,6 +19,10 @@ def get_config(argument=''):
       num_prompts=32, group_size=8, max_prompt_length=1024,
       max_completion_length=256,
       template='User: {question} Assistant: <think>')
+  # The mean over each completion's own tokens ('sequence') is itself a length
+  # reward: a short right answer moves its tokens more than a long one. Every
+  # token equal, in both arms, leaves the length to the method.
+  config.loss.aggregate = 'token'
   config.optimizer.update(learning_rate=1e-4)
   config.updates.microbatch_size = 32
   config.eval.batch_size = 256
