@@ -3,6 +3,10 @@
 
   python -m lapo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
+Two CPU cores, about six minutes with compilation, 3.2 GiB: from 81 % and 70
+tokens to about 90 % and 37 tokens on held-out problems
+(experiments/lapo_tiny).
+
 The argument is the method: `configs/tiny.py:accuracy` is the control, the
 same steps and cap in one stage.
 """
