@@ -9,8 +9,8 @@ wrong is refused here, before any compute and before anything is written.
 from collections.abc import Callable
 import copy
 import functools
+import hashlib
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Run(NamedTuple):
   name: str
   config: ml_collections.ConfigDict
   task: types.Task
+  eval_task: types.Task
   tokenizer: tokenizer_lib.Tokenizer
   grader: grader_lib.Grader
   reward: types.Reward
@@ -51,13 +52,14 @@ class Run(NamedTuple):
   split: Callable
   score: Callable
   update: Callable
+  make_evaluate: Callable
   evaluate: Callable
   to_sampler: Callable
   load_params: Callable
   init_opt_state: Callable
   replicate: Callable
   state_shapes: types.TrainState
-  data: int
+  manifest: dict[str, Any]
 
 
 def stage_configs(
@@ -158,22 +160,24 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   place = lambda f, to: jax.jit(f, in_shardings=(param_shardings,),
                                 out_shardings=to)
 
-  evaluate = evaluate_lib.make_evaluate_fn(
-      make_sample(group_size=config.eval.num_samples), encode, eval_task,
-      grader, tokenizer, batch_size=config.eval.batch_size,
-      temperature=config.eval.temperature, key=key(config.seed, 'eval', 0))
+  sample_held_out = make_sample(group_size=config.eval.num_samples)
+  make_evaluate = lambda problems: evaluate_lib.make_evaluate_fn(
+      sample_held_out, encode, problems, grader, tokenizer,
+      batch_size=config.eval.batch_size, temperature=config.eval.temperature,
+      key=key(config.seed, 'eval', 0))
   return Run(
-      name=name, config=config, task=task, tokenizer=tokenizer, grader=grader,
-      reward=reward, encode=encode,
+      name=name, config=config, task=task, eval_task=eval_task,
+      tokenizer=tokenizer, grader=grader, reward=reward, encode=encode,
       sample=make_sample(group_size=config.rollout.group_size),
       make_batch=make_batch, split=grpo.make_split_fn(batch), score=score,
-      update=update, evaluate=evaluate,
+      update=update, make_evaluate=make_evaluate,
+      evaluate=make_evaluate(eval_task),
       to_sampler=place(lambda params: params, sampler_shardings),
       load_params=lambda: sharding.to_global(
           family.load(config.model.path, model), param_shardings),
       init_opt_state=place(optimizer.init, opt_shardings),
       replicate=lambda tree: sharding.to_global(tree, replicated),
-      state_shapes=state_shapes, data=_fingerprint(task))
+      state_shapes=state_shapes, manifest=_manifest(task, eval_task))
 
 
 def make_optimizer(
@@ -274,13 +278,22 @@ def _check_prompts(config: ml_collections.ConfigDict, task: types.Task,
       encode([example(i) for i in turn], turn)
 
 
-def _fingerprint(task: types.Task) -> int:
-  """A number that changes with any problem or answer, or their order."""
-  found = 0
+def _manifest(task: types.Task, eval_task: types.Task) -> dict[str, Any]:
+  """What a run is trained and evaluated on, for its data.json.
+
+  The fingerprints change with any problem or answer, or their order.
+  """
+  parts = {'train': task, 'held_out': eval_task}
+  return {name: {'problems': len(part), 'fingerprint': _fingerprint(part),
+                 **getattr(part, 'manifest', {})}
+          for name, part in parts.items()}
+
+
+def _fingerprint(task: types.Task) -> str:
+  digest = hashlib.sha256()
   for i in range(len(task)):
-    text = f'{task[i].question}\0{task[i].answer}\0'
-    found = zlib.crc32(text.encode('utf-8', 'replace'), found)
-  return found
+    digest.update(repr(task[i]).encode('utf-8', 'backslashreplace'))
+  return digest.hexdigest()
 
 
 def _without_name(section: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -173,11 +173,12 @@ def make_update_fn(
 
 
 def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
-                ) -> Iterator[tuple[types.Batch, slice]]:
+                aggregate: str) -> Iterator[tuple[types.Batch, slice]]:
   """(part, its rows) of the batch in turn, as often as there are epochs.
 
   Part j holds rows j, j + n, …: every device keeps its own rows. Its token
-  weights are scaled to sum to 1 again.
+  weights are what `aggregate` would give it alone: they sum to 1 again, and
+  for 'constant' they divide by the part's own slots.
   """
   if num_minibatches == 1:
     for _ in range(num_epochs):
@@ -190,9 +191,11 @@ def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
           lambda x, j=j: x.reshape(-1, num_minibatches, *x.shape[1:])[:, j],
           batch)
       rows = slice(j, None, num_minibatches)
-      share = jnp.sum(part.weights) / jnp.sum(batch.weights)
-      weights = part.weights / jnp.where(share > 0, share, 1)
-      yield part.replace(weights=weights), rows
+      share = 1 / num_minibatches
+      if aggregate != 'constant':
+        share = jnp.sum(part.weights) / jnp.sum(batch.weights)
+        share = jnp.where(share > 0, share, 1)
+      yield part.replace(weights=part.weights / share), rows
 
 
 def _forward(model: Any, params: Any, rollout: types.Rollout,

@@ -47,8 +47,7 @@ def clipped_surrogate(
     clip_low: ε_low.
     clip_high: ε_high.
   """
-  advantages = _along_tokens(advantages, logprobs)
-  ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
+  ratio, advantages = _ratio(logprobs, old_logprobs, advantages, mask)
   clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
   loss = -jnp.minimum(ratio * advantages, clipped * advantages)
   return jnp.where(mask, loss, 0.0)
@@ -68,8 +67,7 @@ def is_clipped(
 
   (A > 0 and w > 1 + ε_high) or (A < 0 and w < 1 − ε_low); same arguments.
   """
-  advantages = _along_tokens(advantages, logprobs)
-  ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
+  ratio, advantages = _ratio(logprobs, old_logprobs, advantages, mask)
   above = (advantages > 0) & (ratio > 1.0 + clip_high)
   below = (advantages < 0) & (ratio < 1.0 - clip_low)
   return mask & (above | below)
@@ -129,8 +127,14 @@ def _log_ratio(logprobs: Float[Array, 'B T'], other: Float[Array, 'B T'],
   return jnp.where(mask, logprobs, 0.0) - jnp.where(mask, other, 0.0)
 
 
-def _along_tokens(advantages: Num[Array, 'B'],
-                  logprobs: Float[Array, 'B T']) -> Num[Array, 'B 1']:
-  """[B] -> [B, 1]: left to broadcasting, B == T would run along the batch."""
+def _ratio(
+    logprobs: Float[Array, 'B T'], old_logprobs: Float[Array, 'B T'],
+    advantages: Num[Array, 'B'], mask: Bool[Array, 'B T'],
+) -> tuple[Float[Array, 'B T'], Num[Array, 'B 1']]:
+  """w = π / π_old, and the advantages along the tokens.
+
+  Left to broadcasting, [B] would run along the tokens where B == T.
+  """
   chex.assert_shape(advantages, logprobs.shape[:1], exception_type=ValueError)
-  return advantages[:, None]
+  ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
+  return ratio, advantages[:, None]

@@ -10,26 +10,24 @@ stands, while the method's memory passes on.
 from collections.abc import Callable
 import functools
 import itertools
-import json
 import pathlib
 import time
 from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from lapo_jax import advantages as advantages_lib
 from lapo_jax import (
     build,
-    checkpoint,
     grpo,
     metrics,
     ops,
     report,
     rollout,
+    stages,
     types,
     wording,
 )
@@ -39,9 +37,6 @@ from lapo_jax import evaluate as evaluate_lib
 _INSTRUCT = 2
 # A run that skips this many updates in a row has nothing left to learn from.
 _MAX_NONFINITE = 3
-# Keys in which a resumed run may differ: they change no number it computes.
-_FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
-              'checkpoint_every')
 
 
 class TrainingError(RuntimeError):
@@ -107,8 +102,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
 
     updates = []
     with timer('update'):
-      for part, rows in grpo.minibatches(batch, config.updates.num_epochs,
-                                         config.updates.num_minibatches):
+      for part, rows in grpo.minibatches(
+          batch, config.updates.num_epochs, config.updates.num_minibatches,
+          config.loss.aggregate):
         part = _by_length(run, part, lengths[rows], slots)
         state, found = run.update(state, part)  # donates state
         updates.append(found)
@@ -130,7 +126,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
     found = None
     last = step == last_step - 1  # whose evaluation is the stage's record
     if metrics.every(step, config.eval_every) and not last:
-      found = _evaluate(run, state.params)
+      found = stages.evaluate(run, state.params)
       writer.write(step, run.name,
                    evaluate_lib.scalars(found, config.task.name))
     if metrics.every(step, config.checkpoint_every, last=last_step - 1):
@@ -169,7 +165,7 @@ def prepare(config: ml_collections.ConfigDict,
   """
   runs = [build.build(name, stage)
           for name, stage in build.stage_configs(config)]
-  _claim(pathlib.Path(workdir), config)
+  stages.claim(pathlib.Path(workdir), config, runs)
   return runs
 
 
@@ -180,124 +176,31 @@ def train(runs: list[build.Run], workdir: str) -> types.TrainState:
   ends = list(itertools.accumulate(run.config.total_steps for run in runs))
   logging.info('%d devices, %d stages, %d steps.', jax.device_count(),
                len(runs), ends[-1])
-  folder = lambda i: workdir / 'checkpoints' / str(i)
-  current, state, spent = _resume(runs, folder)
+  current, state, spent = stages.resume(runs, workdir)
   seconds = lambda: spent + time.monotonic() - started
 
   with metrics.Writer(workdir, resume_step=int(state.step) - 1) as writer:
-    record = functools.partial(_record, workdir, writer, int(state.step))
+    record = functools.partial(stages.record, workdir, writer, int(state.step))
     record(0, runs[0], state.params, name='base', steps=0)
     for i in range(current, len(runs)):
       run = runs[i]
       if int(state.stage) < i:
-        state = _begin(run, i, state)
-      save = lambda state, metric, i=i, run=run: checkpoint.save(
-          folder(i), int(state.step), state,
-          {'data': run.data, 'seconds': seconds()}, metric)
+        state = stages.begin(run, i, state)
+      save = lambda state, metric, i=i: stages.save(workdir, i, state,
+                                                    seconds(), metric)
       with run.grader:
         run.grader.start()
         state = train_stage(
-            run, state, _reference(runs, i, state, folder),
+            run, state, stages.reference(runs, i, workdir),
             last_step=ends[i], writer=writer, save=save)
         record(i + 1, run, state.params, name=run.name, steps=ends[i])
 
-  stages = [json.loads(_stage_file(workdir, i).read_text())
-            for i in range(len(runs) + 1)]
   if jax.process_index() == 0:
-    report.write_summary(workdir, stages, seconds())
-    print(report.table(stages))
+    found = stages.records(workdir, len(runs) + 1)
+    report.write_summary(workdir, found, seconds())
+    print(report.table(found))
     print(f'Written: {workdir / "summary.json"} and summary.png')
   return state
-
-
-def _resume(runs: list[build.Run], folder: Callable) -> tuple[int, Any, float]:
-  """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
-  for i in reversed(range(len(runs))):
-    found = checkpoint.restore_latest(folder(i), runs[i].state_shapes)
-    if found is None:
-      continue
-    state, meta = found
-    if meta['data'] != runs[i].data:
-      raise TrainingError(
-          f'the problems of task {runs[i].config.task.name!r} are not those '
-          'that this run was trained on: got another fingerprint; restore the '
-          'data or start in a new workdir.')
-    logging.info('Goes on from step %d (%s).', int(state.step), runs[i].name)
-    return i, state, meta['seconds']
-  run = runs[0]
-  params = run.load_params()
-  zero = lambda: run.replicate(np.int32(0))
-  return 0, types.TrainState(
-      step=zero(), stage=zero(), nonfinite=zero(), params=params,
-      opt_state=run.init_opt_state(params),
-      reward_state=run.replicate(run.reward.init(len(run.task)))), 0.0
-
-
-def _begin(run: build.Run, stage: int,
-           state: types.TrainState) -> types.TrainState:
-  """The state at a stage's start: new optimizer, the memory passes on."""
-  memory = state.reward_state
-  if (jax.tree.map(jnp.shape, memory) !=
-      jax.tree.map(jnp.shape, run.state_shapes.reward_state)):
-    memory = run.replicate(run.reward.init(len(run.task)))
-  return state.replace(
-      stage=run.replicate(np.int32(stage)), reward_state=memory,
-      nonfinite=run.replicate(np.int32(0)),
-      opt_state=run.init_opt_state(state.params))
-
-
-def _reference(runs: list[build.Run], stage: int, state: types.TrainState,
-               folder: Callable) -> Any:
-  """Parameters of the policy at the stage's start, None if none is asked.
-
-  They are the pretrained ones, or the last checkpoint of the stage before.
-  """
-  run = runs[stage]
-  if run.config.loss.kl_coef == 0:
-    return None
-  if stage == 0:
-    return run.load_params()
-  before = runs[stage - 1]
-  found, _ = checkpoint.restore_latest(folder(stage - 1), before.state_shapes)
-  end = sum(r.config.total_steps for r in runs[:stage])
-  if int(found.step) != end:
-    raise RuntimeError(
-        f'{folder(stage - 1)}: the checkpoint of step {end}, the reference '
-        f'policy of stage {run.name!r}, is damaged; expected it whole.')
-  return found.params
-
-
-def _record(workdir: pathlib.Path, writer: metrics.Writer, first_step: int,
-            number: int, run: build.Run, params: Any, *, name: str,
-            steps: int) -> None:
-  """Evaluates at a stage's end, once: the summary's row of this stage."""
-  file = _stage_file(workdir, number)
-  if file.exists():
-    found = json.loads(file.read_text())
-  else:
-    with run.grader:
-      found = _evaluate(run, params)
-    if jax.process_index() == 0:
-      file.parent.mkdir(parents=True, exist_ok=True)
-      metrics.replace_text(file, metrics.to_json(
-          {'name': name, 'steps': steps, **found}, indent=2))
-  # Its line counts completed steps. A run that resumes at `first_step` has cut
-  # what it repeats from there on, this line too, whenever it was killed.
-  if steps >= first_step:
-    writer.write(steps, run.name,
-                 evaluate_lib.scalars(found, run.config.task.name))
-
-
-def _stage_file(workdir: pathlib.Path, number: int) -> pathlib.Path:
-  return workdir / 'stages' / f'{number}.json'
-
-
-def _evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
-  found = run.evaluate(run.to_sampler(params))
-  logging.info('%s: held out: accuracy %.1f %%, mean tokens %.1f, truncated '
-               '%.1f %%', run.name, 100 * found['accuracy'],
-               found['mean_tokens'], 100 * found['truncated'])
-  return found
 
 
 def _log(run: build.Run, writer: metrics.Writer, step: int, last_step: int,
@@ -344,43 +247,3 @@ def _by_length(run: build.Run, batch: types.Batch, lengths: np.ndarray,
   if short_slots == slots:
     return batch
   return run.split(batch, num_short, short_slots)
-
-
-def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Makes the folder this run's own.
-
-  Raises:
-    ValueError: it holds a run with another config; nothing is written.
-  """
-  file = workdir / 'config.json'
-  mine = json.loads(config.to_json())
-  if file.exists():
-    try:
-      theirs = _settings(json.loads(file.read_text()))
-    except (ValueError, AttributeError) as error:
-      raise ValueError(f'{file}: expected the config of a run: {error}. Give '
-                       'another --workdir.') from error
-    mine = _settings(mine)
-    changed = [f'{key}: got {mine.get(key)}, the folder\'s run has '
-               f'{theirs.get(key)}' for key in sorted({**mine, **theirs})
-               if key.partition('.')[0] not in _FREE_KEYS
-               and mine.get(key) != theirs.get(key)]
-    if changed:
-      more = f'; and {len(changed) - 5} more' if len(changed) > 5 else ''
-      raise ValueError(f'{workdir} holds another run: '
-                       f'{"; ".join(changed[:5])}{more}. Give another '
-                       '--workdir, or the same config to go on.')
-  elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(file, metrics.to_json(mine, indent=2))
-
-
-def _settings(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A config's values by dotted key."""
-  found = {}
-  for key, value in section.items():
-    if isinstance(value, dict):
-      found |= _settings(value, f'{prefix}{key}.')
-    else:
-      found[f'{prefix}{key}'] = value
-  return found

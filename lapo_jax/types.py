@@ -36,6 +36,8 @@ class Example:
   Attributes:
     question: the problem's text.
     answer: the gold answer's text.
+    unit: the gold answer's unit where the data set gives it apart, '' = none.
+    tolerance: how far a number may lie from the gold one, 0 = exact.
     level: name of its difficulty level, '' when the task has none.
     prefill: text placed after the prompt template, e.g. LAPO's sentence.
     target_length: budget in tokens stated in the prompt, 0 = none.
@@ -43,6 +45,8 @@ class Example:
 
   question: str
   answer: str
+  unit: str = ''
+  tolerance: float = 0.0
   level: str = ''
   prefill: str = ''
   target_length: int = 0

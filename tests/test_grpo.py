@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lapo_jax import grpo, ops, sharding, types
+from lapo_jax import grpo, losses, ops, sharding, types
 from lapo_jax.models import qwen2
 
 P, G, B, L, T = 8, 2, 16, 5, 8
@@ -436,12 +436,13 @@ def test_the_cut_takes_padding_only_and_keeps_the_constant():
                                   getattr(rollout, name)[:, :5])
 
 
-@pytest.mark.parametrize('aggregate', ['sequence', 'token'])
+@pytest.mark.parametrize('aggregate', losses.AGGREGATES)
 @pytest.mark.parametrize('count', [2, 4])
 def test_minibatches_hold_each_row_once_an_epoch(aggregate, count):
   batch = make_batch(aggregate=aggregate).replace(
       old_logprobs=jnp.zeros((B, T)))
-  parts = list(grpo.minibatches(batch, num_epochs=2, num_minibatches=count))
+  parts = list(grpo.minibatches(batch, num_epochs=2, num_minibatches=count,
+                                aggregate=aggregate))
   assert len(parts) == 2 * count
   for epoch in (parts[:count], parts[count:]):
     order = np.concatenate([np.arange(B)[rows] for _, rows in epoch])
@@ -452,15 +453,16 @@ def test_minibatches_hold_each_row_once_an_epoch(aggregate, count):
     np.testing.assert_array_equal(advantages, ADVANTAGES.ravel()[order])
   for part, _ in parts:
     assert part.ref_logprobs is None
-    assert float(part.weights.sum()) == pytest.approx(1.0, rel=1e-6)
-    # Within a part the weights keep their proportions.
-    filled = np.asarray(part.rollout.action_mask)
-    assert ((np.asarray(part.weights) > 0) == filled).all()
+    # What the part would weigh alone.
+    np.testing.assert_allclose(
+        part.weights, losses.token_weights(part.rollout.action_mask,
+                                           aggregate), rtol=1e-6)
 
 
 def test_one_minibatch_is_the_batch_itself():
   batch = make_batch()
-  parts = list(grpo.minibatches(batch, num_epochs=3, num_minibatches=1))
+  parts = list(grpo.minibatches(batch, num_epochs=3, num_minibatches=1,
+                                aggregate='sequence'))
   assert len(parts) == 3
   for part, rows in parts:
     assert part is batch and rows == slice(None)
@@ -469,7 +471,7 @@ def test_one_minibatch_is_the_batch_itself():
 def test_a_minibatch_without_a_token_stays_finite():
   lengths = np.where(np.arange(B) % 2, LENGTHS, 0)
   (empty, _), (filled, _) = grpo.minibatches(
-      make_batch(make_rollout(lengths)), 1, 2)
+      make_batch(make_rollout(lengths)), 1, 2, 'sequence')
   assert (np.asarray(empty.weights) == 0).all()
   assert float(filled.weights.sum()) == pytest.approx(1.0, rel=1e-6)
 
@@ -491,7 +493,8 @@ def step_by_minibatches(model, params, mesh=None):
       rollout, advantages, T)
   old = jnp.where(batch.rollout.action_mask, -4.0, 0.0)
   batch = batch.replace(old_logprobs=old)
-  for part, _ in grpo.minibatches(batch, num_epochs=1, num_minibatches=2):
+  for part, _ in grpo.minibatches(
+      batch, num_epochs=1, num_minibatches=2, aggregate='sequence'):
     if mesh is not None:
       for x in jax.tree.leaves(part):
         assert x.sharding.is_equivalent_to(places[1], x.ndim)

@@ -26,6 +26,7 @@ _FLOORS = (
     {'rollout', 'grpo', 'report'},
     {'evaluate'},
     {'build'},
+    {'stages'},
     {'train'},
     {'main'},
 )
@@ -34,7 +35,7 @@ _FLOOR_OF = {room: i for i, rooms in enumerate(_FLOORS) for room in rooms}
 _PURE = {'types', 'ops', 'advantages', 'losses', 'rewards'}
 _PURE_IMPORTS = {'jax', 'numpy', 'chex', 'jaxtyping', 'flax.struct',
                  'collections', 'functools', 'itertools', 'math', 'typing'}
-_CONFIG_ROOMS = {'build', 'train', 'main'}
+_CONFIG_ROOMS = {'build', 'stages', 'train', 'main'}
 
 
 def _room(name):

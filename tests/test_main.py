@@ -238,6 +238,23 @@ def test_another_run_differs_by_name(call, refused, tmp_path, monkeypatch):
       0, None)
 
 
+def test_a_folder_of_a_run_on_other_problems(call, refused, tmp_path,
+                                             monkeypatch):
+  monkeypatch.setattr(train, 'train', lambda runs, workdir: None)
+  file = tmp_path / 'problems.jsonl'
+  rows = [{'question': f'What is {n} + {n}?', 'answer': f'#### {2 * n}'}
+          for n in range(1, 41)]
+  write = lambda: file.write_text('\n'.join(map(json.dumps, rows)))
+  flags = ('--config.task.name=gsm8k', f'--config.task.path={file}',
+           '--config.eval.num_examples=8', '--config.eval.task={}')
+  write()
+  assert call(*flags, config='tests/toys/cut.py')[0] in (0, None)
+  rows[3]['answer'] = '#### 9'
+  write()
+  said = refused(*flags, config='tests/toys/cut.py')
+  assert 'holds a run on other data' in said and 'train.fingerprint' in said
+
+
 def test_a_folder_that_cannot_be_one(refused, tmp_path):
   (tmp_path / 'file').write_text('')
   assert str(tmp_path / 'file') in refused(workdir=tmp_path / 'file')

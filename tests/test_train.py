@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from toys import config as toy_config
 
-from lapo_jax import checkpoint, train
+from lapo_jax import checkpoint, stages, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _GSM8K = _ROOT / '..' / 'shared' / 'data' / 'gsm8k_train.jsonl'
@@ -165,7 +165,7 @@ def stop_after(monkeypatch):
       if step == last:
         raise Stop
     with monkeypatch.context() as patch:
-      patch.setattr(train.checkpoint, 'save', save)
+      patch.setattr(stages.checkpoint, 'save', save)
       with pytest.raises(Stop):
         train.train_and_evaluate(config, str(folder))
   return run

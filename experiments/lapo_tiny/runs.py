@@ -5,7 +5,7 @@
 
 Each run is the program's own command in a process of its own; a run that is
 already complete is not repeated, one that was killed goes on. Writes table.md
-and summary.png (of the first seed) to the folder.
+and summary.png (a dot a seed) to the folder.
 """
 
 import argparse
@@ -16,10 +16,14 @@ import resource
 import subprocess
 import sys
 
+from matplotlib import figure
 import numpy as np
 
 _METHODS = {'LAPO': 'configs/tiny.py', 'accuracy only':
             'configs/tiny.py:accuracy'}
+# Okabe and Ito's colours, for colour-blind readers too.
+_LOOKS = (('#000000', 'o'), ('#0072B2', 's'), ('#D55E00', 'D'),
+          ('#009E73', '^'))
 
 
 def runs(seeds: int) -> Iterator[tuple[str, int, str]]:
@@ -27,6 +31,18 @@ def runs(seeds: int) -> Iterator[tuple[str, int, str]]:
   for seed in range(seeds):
     for method, config in _METHODS.items():
       yield method, seed, config
+
+
+def folder(workdir: pathlib.Path, method: str, seed: int) -> pathlib.Path:
+  """The folder of one run."""
+  return workdir / f'{method.replace(" ", "_")}_{seed}'
+
+
+def spread(values: np.ndarray, form: str = '.1f') -> str:
+  """Mean ± standard deviation; 'z' in the form: no -0.0."""
+  if len(values) == 1:
+    return f'{values[0]:z{form}}'
+  return f'{values.mean():z{form}} ± {values.std(ddof=1):{form}}'
 
 
 def main():
@@ -37,15 +53,15 @@ def main():
 
   found, seconds = {}, {}
   for method, seed, config in runs(flags.seeds):
-    folder = flags.workdir / f'{method.replace(" ", "_")}_{seed}'
-    if not (folder / 'summary.json').exists():
-      folder.mkdir(parents=True, exist_ok=True)
-      with (folder / 'log.txt').open('a') as log:
+    place = folder(flags.workdir, method, seed)
+    if not (place / 'summary.json').exists():
+      place.mkdir(parents=True, exist_ok=True)
+      with (place / 'log.txt').open('a') as log:
         subprocess.run(
             [sys.executable, '-m', 'lapo_jax.main', f'--config={config}',
-             f'--config.seed={seed}', f'--workdir={folder}'],
+             f'--config.seed={seed}', f'--workdir={place}'],
             check=True, stdout=log, stderr=log)
-    summary = json.loads((folder / 'summary.json').read_text())
+    summary = json.loads((place / 'summary.json').read_text())
     for stage in summary['stages']:
       name = stage['name'] if stage['name'] == 'base' else (
           f'{method}: {stage["name"]}')
@@ -55,10 +71,11 @@ def main():
   # Of the largest of all runs of this call, in KiB.
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
   text = '\n'.join([table(found), '', *(
-      f'{method}: {_spread(np.array(spent), ".0f")} s a run.'
+      f'{method}: {spread(np.array(spent), ".0f")} s a run.'
       for method, spent in seconds.items()),
       f'Peak memory of a process: {peak / 2**20:.1f} GiB.'])
   (flags.workdir / 'table.md').write_text(text + '\n')
+  draw(found, flags.workdir / 'summary.png')
   print(text)
 
 
@@ -76,18 +93,40 @@ def table(found: dict[str, list[dict]]) -> str:
     correlation = np.array([np.corrcoef(ranks, row)[0, 1] for row in levels])
     lines.append(' | '.join([
         f'| {name}', str(stages[0]['steps']),
-        _spread(100 * pick('accuracy')), _spread(pick('mean_tokens')),
-        _spread(100 * pick('mean_tokens') / base - 100),
-        _spread(100 * pick('truncated')),
+        spread(100 * pick('accuracy')), spread(pick('mean_tokens')),
+        spread(100 * pick('mean_tokens') / base - 100),
+        spread(100 * pick('truncated')),
         ' '.join(f'{x:.0f}' for x in levels.mean(axis=0)),
-        _spread(correlation, '.2f') + ' |']))
+        spread(correlation, '.2f') + ' |']))
   return '\n'.join(lines)
 
 
-def _spread(values: np.ndarray, form: str = '.1f') -> str:
-  if len(values) == 1:
-    return f'{values[0]:{form}}'
-  return f'{values.mean():{form}} ± {values.std(ddof=1):{form}}'
+def draw(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+  """Accuracy against tokens, a dot a seed; mean tokens by level."""
+  picture = figure.Figure(figsize=(12, 5), dpi=100, layout='constrained')
+  plane, levels = picture.subplots(1, 2)
+  for (name, stages), (colour, marker) in zip(found.items(), _LOOKS,
+                                              strict=False):
+    look = {'color': colour, 'marker': marker, 'label': name}
+    plane.plot([s['mean_tokens'] for s in stages],
+               [100 * s['accuracy'] for s in stages], linestyle='',
+               markersize=10, alpha=0.8, **look)
+    tokens = np.array([[part['mean_tokens'] for _, part in sorted(
+        s['by_level'].items())] for s in stages])
+    levels.errorbar(sorted(stages[0]['by_level']), tokens.mean(axis=0),
+                    np.ptp(tokens, axis=0) / 2, capsize=3, **look)
+  plane.set(xlabel='mean completion length (tokens)', ylabel='accuracy (%)',
+            title='Held-out problems, a dot a seed')
+  plane.set_xlim(left=0)
+  levels.set(xlabel='level', ylabel='mean completion length (tokens)',
+             title='Length by level of difficulty (bars: range of the seeds)')
+  levels.set_ylim(bottom=0)
+  for panel in (plane, levels):
+    panel.grid(alpha=0.3)
+    panel.spines[['top', 'right']].set_visible(False)
+  picture.legend(*plane.get_legend_handles_labels(), ncols=len(found),
+                 loc='outside lower center', frameon=False)
+  picture.savefig(path)
 
 
 if __name__ == '__main__':

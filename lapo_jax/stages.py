@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder and what lies between its stages.
+
+`claim` makes the folder this run's own, `resume` finds where it stopped,
+`begin` and `reference` make what is new at a stage's start, `record` keeps
+what a stage reached. Each stage has a folder of checkpoints of its own: the
+last of one is the reference policy of the next.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lapo_jax import build, checkpoint, metrics, types
+from lapo_jax import evaluate as evaluate_lib
+
+# Keys in which a resumed run may differ: they change no number it computes.
+_FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
+              'checkpoint_every')
+
+
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict,
+          runs: list[build.Run]) -> None:
+  """Makes the folder this run's own: config.json and data.json.
+
+  Raises:
+    ValueError: it holds a run with another config or of other problems;
+      nothing is written.
+  """
+  mine = {'config.json': json.loads(config.to_json()),
+          'data.json': {run.name: run.manifest for run in runs}}
+  missing = []
+  for name, found in mine.items():
+    if not (workdir / name).exists():
+      missing.append(name)
+      continue
+    try:
+      theirs = _settings(json.loads((workdir / name).read_text()))
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{workdir / name}: expected what a run writes there: '
+                       f'{error}. Give another --workdir.') from error
+    found = _settings(found)
+    changed = [f'{key}: got {found.get(key)}, the folder\'s run has '
+               f'{theirs.get(key)}' for key in sorted({**found, **theirs})
+               if key.partition('.')[0] not in _FREE_KEYS
+               and found.get(key) != theirs.get(key)]
+    if changed:
+      more = f'; and {len(changed) - 5} more' if len(changed) > 5 else ''
+      what = 'another run' if name == 'config.json' else 'a run on other data'
+      raise ValueError(f'{workdir} holds {what}: {"; ".join(changed[:5])}'
+                       f'{more}. Give another --workdir, or the same config '
+                       'and data to go on.')
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name in missing:
+      metrics.replace_text(workdir / name,
+                           metrics.to_json(mine[name], indent=2))
+
+
+def resume(runs: list[build.Run],
+           workdir: pathlib.Path) -> tuple[int, types.TrainState, float]:
+  """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
+  for i in reversed(range(len(runs))):
+    found = checkpoint.restore_latest(_checkpoints(workdir, i),
+                                      runs[i].state_shapes)
+    if found is not None:
+      state, meta = found
+      logging.info('Goes on from step %d (%s).', int(state.step), runs[i].name)
+      return i, state, meta['seconds']
+  run = runs[0]
+  params = run.load_params()
+  zero = lambda: run.replicate(np.int32(0))
+  return 0, types.TrainState(
+      step=zero(), stage=zero(), nonfinite=zero(), params=params,
+      opt_state=run.init_opt_state(params),
+      reward_state=run.replicate(run.reward.init(len(run.task)))), 0.0
+
+
+def save(workdir: pathlib.Path, stage: int, state: types.TrainState,
+         seconds: float, metric: float | None) -> None:
+  """Writes a checkpoint; `seconds` is what the run has taken so far."""
+  checkpoint.save(_checkpoints(workdir, stage), int(state.step), state,
+                  {'seconds': seconds}, metric)
+
+
+def begin(run: build.Run, stage: int,
+          state: types.TrainState) -> types.TrainState:
+  """The state at a stage's start: new optimizer, the memory passes on."""
+  memory = state.reward_state
+  if (jax.tree.map(jnp.shape, memory) !=
+      jax.tree.map(jnp.shape, run.state_shapes.reward_state)):
+    memory = run.replicate(run.reward.init(len(run.task)))
+  return state.replace(
+      stage=run.replicate(np.int32(stage)), reward_state=memory,
+      nonfinite=run.replicate(np.int32(0)),
+      opt_state=run.init_opt_state(state.params))
+
+
+def reference(runs: list[build.Run], stage: int,
+              workdir: pathlib.Path) -> Any:
+  """Parameters of the policy at the stage's start, None if none is asked.
+
+  They are the pretrained ones, or the last checkpoint of the stage before.
+  """
+  run = runs[stage]
+  if run.config.loss.kl_coef == 0:
+    return None
+  if stage == 0:
+    return run.load_params()
+  before, folder = runs[stage - 1], _checkpoints(workdir, stage - 1)
+  found, _ = checkpoint.restore_latest(folder, before.state_shapes)
+  end = sum(r.config.total_steps for r in runs[:stage])
+  if int(found.step) != end:
+    raise RuntimeError(
+        f'{folder}: the checkpoint of step {end}, the reference policy of '
+        f'stage {run.name!r}, is damaged; expected it whole.')
+  return found.params
+
+
+def record(workdir: pathlib.Path, writer: metrics.Writer, first_step: int,
+           number: int, run: build.Run, params: Any, *, name: str,
+           steps: int) -> None:
+  """Evaluates at a stage's end, once: the summary's row of this stage."""
+  file = _record_file(workdir, number)
+  if file.exists():
+    found = json.loads(file.read_text())
+  else:
+    with run.grader:
+      found = evaluate(run, params)
+    if jax.process_index() == 0:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      metrics.replace_text(file, metrics.to_json(
+          {'name': name, 'steps': steps, **found}, indent=2))
+  # Its line counts completed steps. A run that resumes at `first_step` has cut
+  # what it repeats from there on, this line too, whenever it was killed.
+  if steps >= first_step:
+    writer.write(steps, run.name,
+                 evaluate_lib.scalars(found, run.config.task.name))
+
+
+def records(workdir: pathlib.Path, count: int) -> list[dict[str, Any]]:
+  """The rows of the summary: the base, then each stage."""
+  return [json.loads(_record_file(workdir, i).read_text())
+          for i in range(count)]
+
+
+def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
+  """Evaluates on the held-out problems, and says what came out."""
+  found = run.evaluate(run.to_sampler(params))
+  logging.info('%s: held out: accuracy %.1f %%, mean tokens %.1f, truncated '
+               '%.1f %%', run.name, 100 * found['accuracy'],
+               found['mean_tokens'], 100 * found['truncated'])
+  return found
+
+
+def _checkpoints(workdir: pathlib.Path, stage: int) -> pathlib.Path:
+  return workdir / 'checkpoints' / str(stage)
+
+
+def _record_file(workdir: pathlib.Path, number: int) -> pathlib.Path:
+  return workdir / 'stages' / f'{number}.json'
+
+
+def _settings(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A config's values by dotted key."""
+  found = {}
+  for key, value in section.items():
+    if isinstance(value, dict):
+      found |= _settings(value, f'{prefix}{key}.')
+    else:
+      found[f'{prefix}{key}'] = value
+  return found
