@@ -93,8 +93,8 @@ def save(folder: str | os.PathLike, step: int, state: Any, meta: dict,
   multihost_utils.sync_global_devices('lapo_jax_checkpoint_pruned')
 
 
-def restore_latest(folder: str | os.PathLike,
-                   like: Any) -> tuple[Any, dict] | None:
+def restore_latest(folder: str | os.PathLike, like: Any,
+                   field: str = '') -> tuple[Any, dict] | None:
   """Restores the newest checkpoint whose arrays are what was saved.
 
   A damaged one is passed over with a logged warning, for the next older.
@@ -103,6 +103,8 @@ def restore_latest(folder: str | os.PathLike,
     folder: the folder given to `save`.
     like: tree of `jax.ShapeDtypeStruct`, each with the `sharding` to restore
       to; the shardings of the run that saved do not matter.
+    field: restores this field of the saved state alone, e.g. 'params'; `like`
+      is then its tree.
 
   Returns:
     (state, meta), or None when nothing has been saved.
@@ -122,8 +124,13 @@ def restore_latest(folder: str | os.PathLike,
   for entry in reversed(entries):
     record, reason = _attempt(_read_record, entry.path)
     if not reason:
+      if field:
+        record['leaves'] = {
+            path.removeprefix(f'.{field}'): leaf
+            for path, leaf in record['leaves'].items()
+            if path.startswith((f'.{field}[', f'.{field}.'))}
       _check_same_tree(record, like, entry.path)
-      state, reason = _attempt(_read_state, entry.path, like)
+      state, reason = _attempt(_read_state, entry.path, like, field)
     if not reason:
       reason = _difference(state, record)
     if not reason:
@@ -232,11 +239,15 @@ def _read_record(path: epath.Path) -> dict:
   return json.loads(record['text'])
 
 
-def _read_state(path: epath.Path, like: Any) -> Any:
-  """The arrays, on the shardings of `like`."""
-  with _quiet(), contextlib.closing(
-      ocp.StandardCheckpointHandler()) as handler:
-    return handler.restore(path / 'state', args=ocp.args.StandardRestore(like))
+def _read_state(path: epath.Path, like: Any, field: str) -> Any:
+  """The arrays, or those of one field, on the shardings of `like`."""
+  item = {field: like} if field else like
+  args = ocp.args.PyTreeRestore(
+      item=item, partial_restore=bool(field),
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+  with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    state = handler.restore(path / 'state', args=args)
+  return state[field] if field else state
 
 
 def _difference(state: Any, record: dict) -> str:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's newest policy as a Hugging Face folder, which transformers loads.
+
+Weights come from the newest whole checkpoint, in the parameters' dtype;
+config.json keeps the entries of the model that the run started from, and its
+tokenizer's files are copied. Neither the task's data nor the optimizer is
+needed.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from lapo_jax import checkpoint, plugins, sharding
+from lapo_jax.models import _folders
+
+_COPIED = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
+           'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
+           'merges.txt', 'chat_template.jinja')
+
+
+def export(workdir: str | os.PathLike, out: str | os.PathLike) -> pathlib.Path:
+  """Writes the folder; it appears whole or not at all.
+
+  Args:
+    workdir: the run's folder, see `train.train_and_evaluate`.
+    out: a folder that is not there yet, or is empty.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: no run, no checkpoint, the model it started from is gone, or
+      `out` holds something.
+    RuntimeError: all checkpoints are damaged.
+  """
+  workdir, out = pathlib.Path(workdir), pathlib.Path(out).absolute()
+  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    raise ValueError(f'{out} holds something: expected a folder that is not '
+                     'there yet, or is empty.')
+  settings = _model_settings(workdir)
+  name = settings.pop('name')
+  family = plugins.module('models', name)
+  model = plugins.make('models', name, **settings)
+  source = _folders.resolve(settings['path'])
+  params = _restore(workdir / 'checkpoints', family, model)
+
+  # Beside it, so that the rename stays within one disk.
+  part = out.with_name(f'{out.name}.part')
+  shutil.rmtree(part, ignore_errors=True)
+  family.save(params, part, model, source=str(source))
+  for file in _COPIED:
+    if (source / file).is_file():
+      shutil.copyfile(source / file, part / file)
+  os.replace(part, out)
+  return out
+
+
+def _model_settings(workdir: pathlib.Path) -> dict[str, Any]:
+  """The section `model` of the run's config."""
+  file = workdir / 'config.json'
+  try:
+    settings = dict(json.loads(file.read_text())['model'])
+    settings['name'], settings['path']
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{file}: expected the config of a run with its model\'s '
+                     f'name and path: {error!r}. Give the --workdir of a run.'
+                     ) from error
+  return settings
+
+
+def _restore(folder: pathlib.Path, family: Any, model: Any) -> Any:
+  """The parameters of the newest checkpoint of the last stage that has one."""
+  shapes = family.init_shapes(model)
+  places = sharding.partition(family.PARTITION_RULES, shapes,
+                              sharding.make_mesh())
+  like = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                               sharding=place), shapes, places)
+  stages = [int(path.name) for path in folder.glob('*') if path.name.isdigit()]
+  for stage in sorted(stages, reverse=True):
+    found = checkpoint.restore_latest(folder / str(stage), like,
+                                      field='params')
+    if found is not None:
+      return found[0]
+  raise ValueError(f'{folder}: got no checkpoint; expected a run that has '
+                   'saved one, see checkpoint_every.')
