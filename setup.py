@@ -24,12 +24,16 @@ setuptools.setup(
     package_data={'lapo_jax': ['assets/**/*']},
     install_requires=[
         'absl-py>=2.1',
+        'array_record>=0.8',
         'chex>=0.1.90',
         'etils[epath]>=1.9',
         'flax>=0.12',
+        'huggingface_hub>=1.0',  # pinned models
+        'importlib_resources>=6.0',  # tensorflow-datasets forgets to ask
         'jax>=0.10,<0.12',
         'jaxtyping>=0.3',
         'jinja2>=3.1',  # chat templates
+        'math-verify>=0.9',
         'matplotlib>=3.9',
         'ml-collections>=1.0',
         'numpy>=2.0',
@@ -37,6 +41,7 @@ setuptools.setup(
         'orbax-checkpoint>=0.11.25',
         'safetensors>=0.5',
         'tensorboardX>=2.6',
+        'tensorflow-datasets>=4.9.9',  # runs without TensorFlow
         'tqdm>=4.66',
         'transformers>=5.0',
     ],

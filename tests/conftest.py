@@ -24,6 +24,17 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(scope='session', autouse=True)
+def home(tmp_path_factory):
+  """No test reads or fills the caches in the user's home."""
+  with pytest.MonkeyPatch.context() as patch:
+    # matplotlib would look through all fonts again in a new home.
+    patch.setenv('MPLCONFIGDIR', os.environ.get(
+        'MPLCONFIGDIR', os.path.expanduser('~/.config/matplotlib')))
+    patch.setenv('HOME', str(tmp_path_factory.mktemp('home')))
+    yield
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grading in workers: a verdict for every item, whatever the text does."""
 
+import importlib.util
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from lapo_jax import grader, types
+from lapo_jax import grader, grading_worker, types
 
 # A task whose completions are orders, and a method that reads their length.
 _TASK = """
@@ -29,6 +30,8 @@ class Task:
     if order == 'segv': os.kill(os.getpid(), signal.SIGSEGV)
     if order == 'memory': bytearray(8 * 2**30)
     if order == 'raise': raise ValueError('no such ' + rest)
+    if order == 'late': raise TimeoutError('its own deadline')
+    if order == 'large': bytearray(2**29 + 2**25)
     if order == 'later': threading.Timer(0.1, os._exit, (1,)).start()
     if order == 'print':
       os.write(1, b'[3, {"correct": 1.0}]\\n' * 20_000)
@@ -61,6 +64,26 @@ def make(scale=1.0):
       read=lambda text, example: {'chars': scale * len(text), 'correct': 9.0})
 """
 
+_BOXED = """
+from lapo_jax.tasks import _answers, _equivalence
+
+class Task:
+  def grade(self, completion, example):
+    answer = _answers.last_boxed(_answers.after_thinking(completion))
+    correct = answer is not None and _equivalence.equal(answer, example.answer)
+    return {'correct': float(correct), 'parsed': float(answer is not None)}
+
+def make():
+  _equivalence.require()
+  return Task()
+"""
+_HOSTILE = (
+    '9^9^9', '9**9**9', '99999999!', '100000!!', '{' * 50_000, '1' * 50_000,
+    "__import__('os').system('true')", r'\binom{999999}{500000}',
+    r'\frac{1}{' * 30 + '1' + '}' * 30, '\ud800\x00\u0301' * 30,
+    '10^{10^{10}}', r'\sum_{k=1}^{10^9} k!', r'\int_0^{10^9} e^{x^x} dx',
+    '((9^{99})^{99})^{99}', r'\cos^{999}(x+y)', '(a+b+c+d+e+f)^{64}')
+
 
 @pytest.fixture(scope='module')
 def plugins(tmp_path_factory):
@@ -69,6 +92,7 @@ def plugins(tmp_path_factory):
   (folder / 'hostile').mkdir()
   (folder / 'hostile' / '__init__.py').touch()
   (folder / 'hostile' / 'task.py').write_text(_TASK)
+  (folder / 'hostile' / 'boxed.py').write_text(_BOXED)
   (folder / 'hostile' / 'method.py').write_text(_METHOD)
   sys.path.append(str(folder))
   yield str(folder)
@@ -93,6 +117,11 @@ def _alive(pid):
       return stat.read().rpartition(')')[2].split()[0] != 'Z'
   except FileNotFoundError:
     return False
+
+
+def _memory():
+  with open('/proc/self/statm') as pages:
+    return int(pages.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def test_a_thousand_ordinary_items_in_order(warm):
@@ -149,7 +178,7 @@ def test_workers_see_no_secret_and_no_device(plugins, monkeypatch):
 def test_faults_harm_no_neighbour(plugins, caplog):
   orders = {'sleep 1000': 'timeout', 'regex': 'timeout', 'exit': 'crash',
             'segv': 'crash', 'memory': 'crash', 'raise thing': 'crash',
-            'forge': 'crash', 'print': 'correct'}
+            'late': 'timeout', 'forge': 'crash', 'print': 'correct'}
   completions = ['yes', 'no']
   for order in orders:
     completions += [order, 'yes', 'no', '']
@@ -169,7 +198,9 @@ def test_faults_harm_no_neighbour(plugins, caplog):
     assert set(result) == {'verdict', 'correct', 'parsed', 'sum', 'pid'}
     assert result['correct'] == float(result['verdict'] == 'correct')
   assert 'ValueError: no such thing' in caplog.text
-  assert sum('timeout on item' in line for line in caplog.messages) == 2
+  assert sum('timeout on item' in line for line in caplog.messages) == 3
+  assert caplog.messages[-1].startswith(
+      f'grading: 3 timeouts and 5 crashes in {len(results)} items, over 1 %')
 
 
 def test_what_an_earlier_item_left_behind_is_not_the_next_ones_fault(plugins):
@@ -182,6 +213,40 @@ def test_what_an_earlier_item_left_behind_is_not_the_next_ones_fault(plugins):
     os.kill(int(results[2]['pid']), signal.SIGKILL)
     time.sleep(0.05)
     assert it.grade(['yes'], _examples(1))[0]['verdict'] == 'correct'
+
+
+def test_few_faults_are_no_alarm(plugins, caplog):
+  with (caplog.at_level(logging.WARNING, logger='absl'),
+        grader.Grader(('hostile.task', {})) as it):
+    it.grade(['yes'] * 99 + ['raise'], _examples(100))
+    assert len(caplog.messages) == 1  # of the item
+    it.grade(['yes'] * 98 + ['raise'], _examples(99))
+    assert '0 timeouts and 1 crashes in 99 items' in caplog.messages[-1]
+
+
+def test_a_process_that_grew_large_grades_no_other_item(plugins):
+  with grader.Grader(('hostile.task', {})) as it:
+    results = it.grade(['no', 'large', 'yes', 'yes'], _examples(4))
+  assert [result['verdict'] for result in results] == [
+      'wrong', 'wrong', 'correct', 'correct']
+  assert results[0]['pid'] == results[1]['pid'] != results[2]['pid']
+  assert results[2]['pid'] == results[3]['pid']
+
+
+@pytest.mark.skipif(importlib.util.find_spec('math_verify') is None,
+                    reason='math-verify is not installed')
+def test_a_hostile_batch_ends_and_leaves_the_parent_as_it_was(plugins):
+  texts = [f'x</think>\\boxed{{{text}}}' for text in _HOSTILE] * 8
+  texts += [r'x</think>\boxed{\log_2 8}', r'\boxed{3}']
+  with grader.Grader(('hostile.boxed', {})) as it:
+    it.grade(texts[-1:], _examples(1, '3'))
+    before, start = _memory(), time.perf_counter()
+    results = it.grade(texts, _examples(len(texts), '3'))
+    assert time.perf_counter() - start < 30.0  # about 1 on an idle machine
+  assert _memory() - before < 2**25
+  verdicts = [result['verdict'] for result in results]
+  assert set(verdicts[:-2]) == {'wrong', 'unparsed'}
+  assert verdicts[-2:] == ['correct', 'unparsed']  # the last one only thought
 
 
 def test_close_ends_the_workers_and_grade_starts_them_again(plugins):
@@ -203,7 +268,7 @@ def test_close_ends_the_workers_and_grade_starts_them_again(plugins):
 def test_workers_die_with_their_parent(plugins):
   # The parent is killed while one worker waits and the other one hangs with
   # the interpreter's lock held.
-  code = ('from lapo_jax import grader, types\n'
+  code = ('from lapo_jax import grader, grading_worker, types\n'
           'e = types.Example("q", "yes")\n'
           'it = grader.Grader(("hostile.task", {}), num_workers=2, '
           'deadline=1.0)\n'
@@ -231,7 +296,7 @@ def test_a_worker_that_cannot_start_says_why(plugins, monkeypatch):
     with (grader.Grader((name, settings)) as it,
           pytest.raises(RuntimeError, match=message)):
       it.grade(['yes'], _examples(1))
-  monkeypatch.setattr(grader, '_STARTUP', 0.3)
+  monkeypatch.setattr(grading_worker, '_STARTUP', 0.3)
   with (grader.Grader(('hostile.task', {'wait': 1000.0})) as it,
         pytest.raises(RuntimeError, match=re.escape('start (timeout)'))):
     it.grade(['yes'], _examples(1))
@@ -256,4 +321,5 @@ def test_what_is_wrong_at_build(warm):
 ])
 def test_a_grade_must_be_a_grade(grades, error):
   with pytest.raises(error):
-    grader._grades(lambda text, example: grades, None, 'x', *_examples(1))
+    grading_worker.grades(lambda text, example: grades, None, 'x',
+                          *_examples(1))

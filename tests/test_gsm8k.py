@@ -12,6 +12,12 @@ from lapo_jax.tasks import gsm8k
 _DATA = pathlib.Path(__file__).parents[1] / '..' / 'shared' / 'data'
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+  """Prepared problems go where this test's files are."""
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+
+
 def _write(path, rows):
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return str(path)
@@ -24,6 +30,7 @@ def test_published_rows(split, num_rows):
     pytest.skip(f'{path} is not here')
   task = plugins.make('tasks', 'gsm8k', path=str(path))
   assert len(task) == num_rows
+  assert task.manifest['files'][0]['dropped'] == {}
   for i in range(num_rows):
     example = task[i]
     assert example.question and example.level == ''
@@ -46,6 +53,7 @@ def test_the_order_of_the_file_is_the_problem_id(tmp_path):
       types.Example(question=f'q{i}\u2028', answer=f'{i},000')
       for i in range(3)]
   assert len(list(task)) == 3
+  assert task.ids == ['#1', '#2', '#3']
 
 
 @pytest.mark.parametrize('completion, correct, parsed', [
@@ -71,6 +79,14 @@ def test_grade(tmp_path, completion, correct, parsed):
       'correct': correct, 'parsed': parsed}
 
 
+def test_a_prompt_that_opens_no_thoughts(tmp_path):
+  path = _write(tmp_path / 'x', [{'question': 'q', 'answer': '#### 1,080'}])
+  task = gsm8k.make(path=path, thinking=False)
+  for completion, correct in (('It is 1080.', 1), ('<think>1080', 0),
+                              ('<think>7</think>1080', 1)):
+    assert task.grade(completion, task[0])['correct'] == correct
+
+
 _GOOD = '{"question": "q", "answer": "#### 1"}\n'
 
 
@@ -86,6 +102,12 @@ def test_a_bad_line_is_named(tmp_path, line):
   path.write_bytes((_GOOD + line + '\n').encode('utf-8', 'surrogatepass'))
   with pytest.raises(ValueError, match=r'rows\.jsonl, line 2: '):
     gsm8k.make(path=str(path))
+  path.write_bytes(path.read_bytes() + _GOOD.encode())
+  task = gsm8k.make(path=str(path), bad_rows='drop')
+  entry, = task.manifest['files']
+  assert len(task) == entry['kept'] == 2
+  assert entry['rows'] == 3 and sum(entry['dropped'].values()) == 1
+  assert pathlib.Path('~/.cache/lapo_jax/datasets').expanduser().exists()
 
 
 def test_no_file(tmp_path):

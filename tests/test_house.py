@@ -20,10 +20,11 @@ _PLURALS = ('rewards', 'models', 'tasks')
 _FLOORS = (
     {'lapo_jax'},
     {'types', 'ops', 'sharding', 'plugins', 'tokenizer', 'checkpoint',
-     'wording', 'models/_', 'tasks/_'},
+     'wording', 'models/_'},
+    {'tasks/_', 'grading_worker'},
     {'metrics', 'grader', 'losses', 'advantages', 'sampling', 'supervised',
      'rewards', 'models', 'tasks'},
-    {'rollout', 'grpo', 'report'},
+    {'rollout', 'grpo', 'report', 'export'},
     {'evaluate'},
     {'build'},
     {'stages'},

@@ -9,27 +9,23 @@ An answer counts only after `</think>`: the last box, else the number after
 `####`, else the last number.
 """
 
-import json
-
-from etils import epath
+from collections.abc import Callable
+from typing import Any
 
 from lapo_jax import types
-from lapo_jax.tasks import _answers
+from lapo_jax.tasks import _answers, _problems, _rows
 
 _MARK = '####'
+_SHOWN = 40
 
 
-class GSM8K:
-  """The problems of one file, held in memory (4 MB for the training split)."""
+class GSM8K(_problems.Problems):
+  """The problems of one file."""
 
-  def __init__(self, examples: list[types.Example]):
-    self._examples = examples
-
-  def __len__(self) -> int:
-    return len(self._examples)
-
-  def __getitem__(self, index: int) -> types.Example:
-    return self._examples[index]
+  def __init__(self, load: Callable[[], list[_problems.Named]],
+               files: list[dict[str, Any]], thinking: bool):
+    super().__init__(load, files)
+    self._thinking = thinking
 
   def grade(self, completion: str, example: types.Example) -> dict[str, float]:
     """Grades a completion.
@@ -38,18 +34,24 @@ class GSM8K:
       'correct' and 'parsed', each 0.0 or 1.0; 'parsed' says that an answer
       was found after the thoughts.
     """
-    answer = _answer(_answers.after_thinking(completion))
+    answer = _answer(_answers.after_thinking(completion, self._thinking))
     if answer is None:
       return {'correct': 0.0, 'parsed': 0.0}
     correct = _answers.equal(answer, example.answer)
     return {'correct': float(correct), 'parsed': 1.0}
 
 
-def make(path: str = '') -> GSM8K:
-  """Reads the problems.
+def make(path: str = '', thinking: bool = True, bad_rows: str = 'refuse',
+         cache: str = '') -> GSM8K:
+  """Prepares the problems; they are read when first asked for.
 
   Args:
     path: the publisher's train.jsonl or test.jsonl, local or on gs://.
+    thinking: whether the prompt opens `<think>`; if not, a completion without
+      thoughts is all answer.
+    bad_rows: 'refuse' a file with lines that are not as they should be, or
+      'drop' those lines, counted.
+    cache: folder of prepared problems, '' = ~/.cache/lapo_jax/datasets.
 
   Raises:
     ValueError: no path, an unreadable or empty file, or a line that is not a
@@ -58,40 +60,22 @@ def make(path: str = '') -> GSM8K:
   if not path:
     raise ValueError('gsm8k needs a file: set --config.task.path=... to the '
                      'train.jsonl or test.jsonl of grade-school-math.')
-  try:
-    lines = epath.Path(path).read_bytes().split(b'\n')
-  except OSError as error:
-    raise ValueError(f'gsm8k cannot read {path!r} ({error}): set '
-                     '--config.task.path=... to a JSONL file.') from error
-  examples = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    try:
-      examples.append(_example(line))
-    except ValueError as error:
-      raise ValueError(f'{path}, line {number}: {error}') from error
-  if not examples:
-    raise ValueError(f'{path} holds no problems: expected JSON lines with '
-                     '"question" and "answer".')
-  return GSM8K(examples)
+  file = _problems.prepare(path, _example, bad_rows, cache)
+  return GSM8K(file.problems, [{**file.entry, 'chosen': file.entry['kept']}],
+               thinking)
 
 
-def _example(line: bytes) -> types.Example:
-  """One line of the file; ValueError says what is wrong with it."""
-  row = json.loads(line)
-  if not isinstance(row, dict):
-    raise ValueError('expected a JSON object with "question" and "answer".')
-  for field in ('question', 'answer'):
-    if not isinstance(row.get(field), str):
-      raise ValueError(f'expected text in the field {field!r}.')
-  _, mark, gold = row['answer'].rpartition(_MARK)
+def _example(fields: dict[str, Any]) -> types.Example:
+  """The problem of a line."""
+  question = _rows.text(fields, 'question')
+  answer = _rows.text(fields, 'answer')
+  _, mark, gold = answer.rpartition(_MARK)
   gold = gold.strip()
   # A gold that cannot be read would make its problem unsolvable, unseen.
   if not mark or _answers.first_number(gold) != gold:
-    raise ValueError(f'expected "answer" to end in {_MARK} and a number, got '
-                     f'{row["answer"][-40:]!r}.')
-  return types.Example(question=row['question'], answer=gold)
+    raise _rows.BadRow(f'"answer" does not end in {_MARK} and a number',
+                       f'got {answer[-_SHOWN:]!r}')
+  return types.Example(question=question, answer=gold)
 
 
 def _answer(text: str) -> str | None:
