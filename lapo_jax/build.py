@@ -6,6 +6,7 @@ arguments of the others, one section to one function. Whatever a user can get
 wrong is refused here, before any compute and before anything is written.
 """
 
+import collections
 from collections.abc import Callable
 import copy
 import functools
@@ -22,6 +23,7 @@ from lapo_jax import (
     advantages,
     grpo,
     losses,
+    ops,
     plugins,
     rollout,
     sampling,
@@ -47,6 +49,7 @@ class Run(NamedTuple):
   grader: grader_lib.Grader
   reward: types.Reward
   encode: Callable
+  group: Callable
   sample: Callable
   make_batch: Callable
   split: Callable
@@ -116,7 +119,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   encode = rollout.make_encode_fn(
       tokenizer, config.rollout.template, config.rollout.max_prompt_length,
       prompt_shardings)
-  reward_shapes = jax.eval_shape(lambda: reward.init(len(task)))
+  reward_shapes = _check_reward(config, reward, len(task))
   _check_prompts(config, task, eval_task, encode, reward,
                  jax.device_get(reward.init(len(task))))
   # A worker holds one task: held-out problems are graded by the same code.
@@ -157,6 +160,8 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       model, optimizer, shardings=(state_shardings, batch),
       clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
       kl_coef=config.loss.kl_coef, **forward)
+  group = lambda found: {name: ops.to_groups(x, config.rollout.group_size)
+                         for name, x in found.items()}
   place = lambda f, to: jax.jit(f, in_shardings=(param_shardings,),
                                 out_shardings=to)
 
@@ -168,13 +173,14 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   return Run(
       name=name, config=config, task=task, eval_task=eval_task,
       tokenizer=tokenizer, grader=grader, reward=reward, encode=encode,
+      group=jax.jit(group, out_shardings=replicated),
       sample=make_sample(group_size=config.rollout.group_size),
       make_batch=make_batch, split=grpo.make_split_fn(batch), score=score,
       update=update, make_evaluate=make_evaluate,
       evaluate=make_evaluate(eval_task),
       to_sampler=place(lambda params: params, sampler_shardings),
-      load_params=lambda: sharding.to_global(
-          family.load(config.model.path, model), param_shardings),
+      load_params=lambda: family.load(config.model.path, model,
+                                      param_shardings),
       init_opt_state=place(optimizer.init, opt_shardings),
       replicate=lambda tree: sharding.to_global(tree, replicated),
       state_shapes=state_shapes, manifest=_manifest(task, eval_task))
@@ -258,6 +264,24 @@ def _check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
         f'updates.microbatch_size {size} does not fit {rows} completions in '
         f'{minibatches} minibatches on {parts} devices: expected one of '
         f'{legal}.')
+
+
+def _check_reward(config: ml_collections.ConfigDict, reward: types.Reward,
+                  num_examples: int) -> Any:
+  """Shapes of the method's memory, once it has taken outcomes of our shape."""
+  prompts = config.rollout.num_prompts
+  groups = (prompts, config.rollout.group_size)
+
+  def apply():
+    grades = jnp.zeros(groups)
+    none = jnp.zeros(prompts, jnp.int32)
+    return reward.apply(types.Outcomes(
+        correct=grades, lengths=jnp.ones(groups, jnp.int32),
+        truncated=grades > 0, prompt_index=none, target_lengths=none,
+        extras=collections.defaultdict(lambda: grades)),
+        reward.init(num_examples))
+
+  return jax.eval_shape(apply)[1]
 
 
 def _check_prompts(config: ml_collections.ConfigDict, task: types.Task,

@@ -81,7 +81,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
                              run.tokenizer)
       outcomes = run.replicate(graded.outcomes)
       score = functools.partial(run.score, state.params)
-      extras = run.reward.measure(samples, score, run.encode)
+      extras = run.group(run.reward.measure(samples, score, run.encode))
       outcomes = outcomes.replace(extras={**outcomes.extras, **extras})
 
     with timer('advantages'):

@@ -18,7 +18,7 @@ in the docstring: the same records hold trees of shardings, of shapes and of
 host arrays, which a run-time check of array fields would reject.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -162,7 +162,7 @@ class TrainState:
     step: int32 [], completed steps of the run, over all stages.
     stage: int32 [], index of the stage that made the last step.
     nonfinite: int32 [], updates skipped in a row for a non-finite gradient.
-    params: float32 tree, sharded by the model family's rules.
+    params: tree in the model's param_dtype, sharded by its family's rules.
     opt_state: optax state, sharded like the parameters.
     reward_state: the method's memory; replicated.
   """
@@ -177,8 +177,8 @@ class TrainState:
 
 # Scores given tokens under the current policy: Rollout -> float32 [B, T].
 LogprobFn = Callable[[Rollout], jax.Array]
-# Encodes a list of Examples (one per prompt) to Prompts.
-EncodeFn = Callable[[list[Example]], Prompts]
+# Encodes Examples (one per prompt) and their indices in the task to Prompts.
+EncodeFn = Callable[[list[Example], Sequence[int] | np.ndarray], Prompts]
 
 
 def _no_memory(num_examples: int) -> Any:
@@ -218,8 +218,8 @@ class Reward(NamedTuple):
       the prompt. `state` is on the host; `rng` depends on (seed, step) only.
     read: (completion text, Example) -> {name: float}; becomes `extras`. It
       runs beside grading, on the host that holds the text.
-    measure: (Rollout, logprob_fn, encode) -> {name: float32 [P, G]}; extra
-      questions to the policy; becomes `extras`.
+    measure: (Rollout, logprob_fn, encode) -> {name: float32 [B]}; extra
+      questions to the policy; the loop groups them, they become `extras`.
   """
 
   apply: Callable[[Outcomes, Any], tuple[Rewards, Any]]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract's laws, tried on every file of `rewards/`; none is listed."""
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -12,6 +14,27 @@ from lapo_jax import plugins, types
 
 P, G, N, T = 3, 8, 10, 4096
 GRADES = ('mixed', 'all', 'none', 'one')
+
+# Methods whose papers let a wrong completion out-score a correct one by its
+# length alone, and why; `test_only_listed_methods_let_a_wrong_one_win`.
+WRONG_MAY_WIN = {
+    'l1': 'LCPO-Exact subtracts the distance to n from wrong ones too',
+    'shorter_better': 'the distance to SOL counts for wrong ones too',
+    'lead': 'r_l counts for wrong ones too; the terms meet after normalising',
+    'leash': 'only length beyond the target costs, without a bound above 0',
+    'hbpo': 'beyond its budget a correct one may get less than 0',
+}
+
+# What `reward` may ask for besides grades and lengths.
+ARGUMENTS = {
+    'target_lengths': np.full(P, 500, np.int32),
+    'history': np.full(P, 700, np.int32),
+    'budgets': np.full((P, G), 512, np.int32),
+    'efforts': np.full(P, 0.75, np.float32),
+    'alignment': np.full((P, G), 0.25, np.float32),
+    'repeated': np.full((P, G), 0.125, np.float32),
+    'strength': 0.2,
+}
 
 
 @pytest.fixture(params=plugins.names('rewards'))
@@ -21,7 +44,18 @@ def name(request):
 
 @pytest.fixture
 def method(name):
+  return made(name)
+
+
+@functools.cache
+def made(name):
   return plugins.make('rewards', name)
+
+
+@functools.cache
+def step(name):
+  """`apply`, compiled once for all tests."""
+  return jax.jit(made(name).apply)
 
 
 def graded(method, how='mixed', lengths=None):
@@ -36,7 +70,8 @@ def graded(method, how='mixed', lengths=None):
   example = types.Example('1 + 1', '2')
   extras = {key: jnp.full((P, G), value, jnp.float32) for key, value in
             method.read('so it is \\boxed{2}', example).items()}
-  extras.update(measured(method))
+  extras.update({key: value.reshape(P, G)
+                 for key, value in measured(method).items()})
   return types.Outcomes(
       correct=jnp.asarray(correct, jnp.float32),
       lengths=jnp.asarray(np.where(truncated, T, lengths), jnp.int32),
@@ -47,13 +82,13 @@ def graded(method, how='mixed', lengths=None):
 
 
 def measured(method):
-  """What `measure` finds in a rollout of equally likely tokens."""
+  """What `measure` finds in a rollout of equally likely tokens, [B]."""
   one = jnp.ones((P * G, 4), jnp.int32)
   rollout = types.Rollout(one, one > 0, one, one > 0, one > 0, -1.0 * one)
   logprob_fn = lambda r: -jnp.ones(r.completion_tokens.shape)
-  encode = lambda examples: types.Prompts(
+  encode = lambda examples, indices: types.Prompts(
       one[:len(examples)], one[:len(examples)] > 0,
-      jnp.arange(len(examples)), jnp.zeros(len(examples), jnp.int32))
+      jnp.asarray(indices), jnp.zeros(len(examples), jnp.int32))
   return method.measure(rollout, logprob_fn, encode)
 
 
@@ -68,12 +103,11 @@ def test_every_setting_has_a_default(name):
 
 @pytest.mark.parametrize('how', GRADES)
 @pytest.mark.parametrize('equal', [False, True])
-def test_shapes_and_finite(method, how, equal):
+def test_shapes_and_finite(name, method, how, equal):
   lengths = np.full((P, G), 300) if equal else None
   state = method.init(N)
   with jax.debug_nans(True):
-    rewards, new_state = jax.jit(method.apply)(graded(method, how, lengths),
-                                               state)
+    rewards, new_state = step(name)(graded(method, how, lengths), state)
   assert rewards.total.shape == (P, G)
   for term in rewards.terms.values():
     assert term.shape == (P, G) and term.dtype == jnp.float32
@@ -86,9 +120,9 @@ def test_shapes_and_finite(method, how, equal):
 
 
 @pytest.mark.parametrize('how', GRADES)
-def test_jit_changes_nothing(method, how):
+def test_jit_changes_nothing(name, method, how):
   outcomes, state = graded(method, how), method.init(N)
-  expected = jax.jit(method.apply)(outcomes, state)
+  expected = step(name)(outcomes, state)
   with jax.disable_jit():
     plain = method.apply(outcomes, state)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5,
@@ -97,15 +131,15 @@ def test_jit_changes_nothing(method, how):
 
 
 @pytest.mark.parametrize('how', GRADES)
-def test_the_order_within_a_group_does_not_matter(method, how):
+def test_the_order_within_a_group_does_not_matter(name, method, how):
   outcomes, state = graded(method, how), method.init(N)
   order = np.random.default_rng(5).permutation(G)
   shuffle = lambda tree: jax.tree.map(lambda x: x[:, order], tree)
   shuffled = outcomes.replace(
       correct=outcomes.correct[:, order], lengths=outcomes.lengths[:, order],
       truncated=outcomes.truncated[:, order], extras=shuffle(outcomes.extras))
-  rewards, new_state = method.apply(outcomes, state)
-  other, other_state = method.apply(shuffled, state)
+  rewards, new_state = step(name)(outcomes, state)
+  other, other_state = step(name)(shuffled, state)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   close(other.total, rewards.total[:, order])
   if rewards.keep is not None:
@@ -117,20 +151,20 @@ def test_memory_keeps_its_structure_and_owns_its_buffers(method):
   state = method.init(N)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   # A donated state must not hold one buffer twice.
-  step = jax.jit(method.apply, donate_argnums=1)
+  donating = jax.jit(method.apply, donate_argnums=1)
   expected = shapes(state)
   for how in GRADES:
-    _, state = step(graded(method, how), state)
+    _, state = donating(graded(method, how), state)
     assert shapes(state) == expected
 
 
-def test_groups_do_not_see_one_another(method):
+def test_groups_do_not_see_one_another(name, method):
   outcomes, state = graded(method), method.init(N)
-  rewards, _ = method.apply(outcomes, state)
+  rewards, _ = step(name)(outcomes, state)
   changed = outcomes.replace(
       correct=outcomes.correct.at[1].set(1 - outcomes.correct[1]),
       lengths=outcomes.lengths.at[1].set(1))
-  other, _ = method.apply(changed, state)
+  other, _ = step(name)(changed, state)
   for name, term in rewards.terms.items():
     np.testing.assert_array_equal(other.terms[name][::2], term[::2])
 
@@ -142,3 +176,92 @@ def test_instruct_takes_memory_from_the_host(method):
   assert isinstance(told, types.Example)
   assert isinstance(told.target_length, int)
   assert (told.answer, told.level) == (example.answer, example.level)
+
+
+def arguments(name, rng):
+  """Positional arguments of the method's `reward`, as NumPy holds them."""
+  reward = plugins.module('rewards', name).reward
+  required = [key for key, parameter in
+              inspect.signature(reward).parameters.items()
+              if parameter.default is inspect.Parameter.empty and
+              parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+  assert required[:2] == ['correct', 'lengths']
+  correct = (np.arange(P * G) % 3 > 0).reshape(P, G).astype(np.float32)
+  return [correct, rng.integers(1, T, (P, G)).astype(np.int32),
+          *(ARGUMENTS[key] for key in required[2:])]
+
+
+def test_numpy_in_the_same_out(name):
+  reward = plugins.module('rewards', name).reward
+  values = arguments(name, np.random.default_rng(0))
+  found = reward(*values)
+  assert isinstance(found, jax.Array) and found.dtype == jnp.float32
+  assert found.shape == (P, G)
+  np.testing.assert_array_equal(
+      reward(*(jnp.asarray(value) for value in values)), found)
+
+
+def test_vmap_over_seeds_is_a_loop(name):
+  reward = plugins.module('rewards', name).reward
+  seeds = [arguments(name, np.random.default_rng(i)) for i in range(3)]
+  found = jax.vmap(reward)(*(np.stack(each) for each in
+                             zip(*seeds, strict=True)))
+  for one, values in zip(found, seeds, strict=True):
+    np.testing.assert_allclose(one, reward(*values), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_finite(name):
+  reward = plugins.module('rewards', name).reward
+  correct, lengths, *rest = arguments(name, np.random.default_rng(0))
+  lengths = lengths.astype(np.float32)
+  lengths[1] = 300.0
+  slope = jax.jit(jax.grad(
+      lambda lengths, correct: jnp.sum(reward(correct, lengths, *rest))))
+  for grades in (correct, np.ones_like(correct), np.zeros_like(correct)):
+    assert np.isfinite(slope(lengths, grades)).all()
+
+
+def test_sweeping_a_number_compiles_nothing(name):
+  reward = plugins.module('rewards', name).reward
+  values = arguments(name, np.random.default_rng(0))
+  numbers = {key: parameter.default for key, parameter in
+             inspect.signature(reward).parameters.items()
+             if type(parameter.default) in (int, float)}
+  reward(*values, **{key: 1.0 * value for key, value in numbers.items()})
+  before = reward._cache_size()
+  reward(*values, **{key: 1.5 * value for key, value in numbers.items()})
+  assert reward._cache_size() == before
+
+
+def test_wrong_shapes_are_told_without_the_type_checker(name):
+  reward = plugins.module('rewards', name).reward
+  correct, lengths, *rest = arguments(name, np.random.default_rng(0))
+  jaxtyping.config.update('jaxtyping_disable', True)
+  try:
+    with pytest.raises(ValueError, match=r'\(3, 8\).*\(3, 1\)'):
+      reward(correct, lengths[:, :1], *rest)
+    for i, value in enumerate(rest):
+      if np.ndim(value):
+        with pytest.raises(ValueError, match=r'\(1,.*\(3|\(3,.*\(1,'):
+          reward(correct, lengths, *rest[:i], value[:1], *rest[i + 1:])
+  finally:
+    jaxtyping.config.update('jaxtyping_disable', False)
+
+
+def test_only_listed_methods_let_a_wrong_one_win(name, method):
+  """By its length: everything else that is known of a group is equal."""
+  rng = np.random.default_rng(0)
+  state, found = method.init(N), False
+  for _ in range(20):
+    outcomes = graded(method, lengths=rng.integers(1, 4 * T, (P, G)))
+    outcomes = outcomes.replace(truncated=jnp.zeros((P, G), bool))
+    rewards, state = step(name)(outcomes, state)
+    total, right = np.asarray(rewards.total), np.asarray(outcomes.correct) > 0
+    worst = np.where(right, total, np.inf).min(axis=1)
+    best = np.where(right, -np.inf, total).max(axis=1)
+    found |= bool((best > worst + 1e-6).any())
+  assert found == (name in WRONG_MAY_WIN)
+
+
+def test_the_methods_of_the_list_exist():
+  assert set(WRONG_MAY_WIN) <= set(plugins.names('rewards'))

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""DLER: a hard limit on length, and what makes it train well.
+
+  R = c if l ≤ L, else 0
+  L = cap                                            DLER
+  L = easy_cap if over half of the group is correct, else cap    DA-DLER
+
+https://arxiv.org/abs/2510.15110, Doing Length pEnalty Right. Lengths are in
+tokens. The reward is the plain truncation; the method is the optimisation
+around it: the group's mean and the *batch's* sd, a higher upper clip, groups
+without variance left out and drawn anew.
+
+  --config.advantage.scale=batch --config.loss.clip_high=0.28
+
+DA-DLER continues a DLER run: a stage with `difficulty_aware=True`.
+
+Defaults: 4000 and 2000 tokens are the paper's. In a config `cap` follows
+`rollout.max_completion_length`.
+
+Departures:
+  * `overlong` is the released code's: a completion beyond L that holds an
+    answer (`\boxed`) gets 0.1. The paper gives it 0, the default here.
+  * The loop draws no groups anew. The paper warns that without this filter
+    the length collapses.
+  * A grade between 0 and 1 stays itself; above ½ it counts as correct.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, ScalarLike, Shaped
+
+from lapo_jax import types
+
+
+@functools.partial(jax.jit, static_argnames=('difficulty_aware',))
+def reward(
+    correct: Shaped[Array, 'P G'],
+    lengths: Num[Array, 'P G'],
+    truncated: Shaped[Array, 'P G'] | None = None,
+    answered: Shaped[Array, 'P G'] | None = None,
+    *,
+    cap: ScalarLike = 4000,
+    difficulty_aware: bool = False,
+    easy_cap: ScalarLike = 2000,
+    overlong: ScalarLike = 0.0,
+) -> Float[Array, 'P G']:
+  """R = c within the limit, `overlong` beyond it if answered, else 0.
+
+  Args:
+    correct: the task's grade.
+    lengths: tokens.
+    truncated: generation stopped at the cap, None = nowhere; counts as beyond.
+    answered: the completion holds an answer, None = nowhere.
+    cap: L, tokens.
+    difficulty_aware: L is `easy_cap` where over half of the group is correct.
+    easy_cap: tokens.
+    overlong: reward of an answer beyond the limit.
+  """
+  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  truncated = _known(truncated, lengths)
+  answered = _known(answered, lengths)
+  correct = correct.astype(jnp.float32)
+  limit = jnp.asarray(cap, jnp.float32)
+  if difficulty_aware:
+    easy = jnp.mean(correct > 0.5, axis=-1, keepdims=True) > 0.5
+    limit = jnp.where(easy, easy_cap, cap)
+  within = (lengths <= limit) & ~truncated
+  return jnp.where(within, correct, jnp.where(answered, overlong, 0.0))
+
+
+def make(
+    cap: int = 4000,
+    difficulty_aware: bool = False,
+    easy_cap: int = 2000,
+    overlong: float = 0.0,
+) -> types.Reward:
+  """The plug-in.
+
+  Args:
+    cap: L and generation cap, tokens.
+    difficulty_aware: DA-DLER, `easy_cap` where over half of a group is
+      correct.
+    easy_cap: its lower limit, tokens.
+    overlong: reward of an answer beyond the limit: the paper's 0, the code's
+      0.1.
+  """
+
+  def apply(outcomes, state):
+    total = reward(outcomes.correct, outcomes.lengths, outcomes.truncated,
+                   outcomes.extras['boxed'], cap=cap,
+                   difficulty_aware=difficulty_aware, easy_cap=easy_cap,
+                   overlong=overlong)
+    return types.Rewards({'correct': total}), state
+
+  def read(completion_text, example):
+    del example
+    return {'boxed': float('\\boxed' in completion_text)}
+
+  return types.Reward(apply, read=read)
+
+
+def _known(facts: Shaped[Array, 'P G'] | None,
+           lengths: Num[Array, 'P G']) -> Shaped[Array, 'P G']:
+  """The facts as bool, false everywhere for None."""
+  if facts is None:
+    return jnp.zeros(lengths.shape, bool)
+  chex.assert_equal_shape([lengths, facts], exception_type=ValueError)
+  return facts.astype(jnp.float32) > 0.5

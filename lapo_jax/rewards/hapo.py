@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HAPO: be shorter than the shortest correct answer of earlier visits.
+
+  f = cos(min(π/2·l/h, π))
+  R = c + w·max(f, −0.7)   if correct
+  R = c + w·min(f, 0)      if wrong
+  R = c                    without a history
+
+https://arxiv.org/abs/2505.11225, History-Aware Policy Optimization. h, in
+tokens, is the least length of a correct completion of this problem in all
+earlier steps; one number per problem, kept in the checkpoint. f is 1 at
+length 0, 0 at h and −1 from 2h.
+
+Defaults: w = 1 and the bound −0.7 are the released code's: a correct
+completion keeps at least 0.3.
+
+Departures:
+  * h moves once a step, after the rewards.
+  * The code's linear form of f and its mean history are left out.
+  * A grade between 0 and 1 counts as correct above ½ and stays itself where
+    the formula says c.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num, ScalarLike, Shaped
+
+from lapo_jax import types
+
+# h of a problem without a correct completion yet: beyond every length.
+_NONE = 2**30
+
+
+@jax.jit
+def reward(
+    correct: Shaped[Array, 'P G'],
+    lengths: Num[Array, 'P G'],
+    history: Num[Array, 'P'],
+    *,
+    weight: ScalarLike = 1.0,
+    worst: ScalarLike = -0.7,
+) -> Float[Array, 'P G']:
+  """R = c + w·`length_score`; a history of 0 is none."""
+  score = length_score(correct, lengths, history, worst=worst)
+  return correct.astype(jnp.float32) + weight * score
+
+
+@jax.jit
+def length_score(
+    correct: Shaped[Array, 'P G'],
+    lengths: Num[Array, 'P G'],
+    history: Num[Array, 'P'],
+    *,
+    worst: ScalarLike = -0.7,
+) -> Float[Array, 'P G']:
+  """max(f, worst) if correct, min(f, 0) if wrong, 0 where history is 0."""
+  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  chex.assert_shape(history, lengths.shape[:1], exception_type=ValueError)
+  known = (history > 0)[:, None]
+  ratio = lengths / jnp.where(known, history[:, None], 1)
+  score = jnp.cos(jnp.minimum(math.pi / 2 * ratio, math.pi))
+  member = correct.astype(jnp.float32) > 0.5
+  score = jnp.where(member, jnp.maximum(score, worst),
+                    jnp.minimum(score, 0.0))
+  return jnp.where(known, score, 0.0)
+
+
+def make(weight: float = 1.0, worst: float = -0.7) -> types.Reward:
+  """The plug-in.
+
+  Args:
+    weight: w of the length term.
+    worst: least f of a correct completion.
+  """
+
+  def init(num_examples):
+    return jnp.full((num_examples,), _NONE, jnp.int32)
+
+  def apply(outcomes, state):
+    history = state[outcomes.prompt_index]
+    history = jnp.where(history < _NONE, history, 0)
+    score = length_score(outcomes.correct, outcomes.lengths, history,
+                         worst=worst)
+    # A minimum: several groups of one problem may come in one step.
+    state = state.at[outcomes.prompt_index].min(
+        _shortest_correct(outcomes.correct, outcomes.lengths))
+    correct = outcomes.correct.astype(jnp.float32)
+    return types.Rewards({'correct': correct, 'length': weight * score}), state
+
+  return types.Reward(apply, init)
+
+
+def _shortest_correct(correct: Shaped[Array, 'P G'],
+                      lengths: Num[Array, 'P G']) -> Int[Array, 'P']:
+  """Tokens; `_NONE` where nothing is correct."""
+  member = correct.astype(jnp.float32) > 0.5
+  return jnp.min(jnp.where(member, lengths, _NONE), axis=-1).astype(jnp.int32)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmartThinker: penalise what lies beyond an estimated best length.
+
+  R = c − Λ·pen,  pen = max(0, l − l*) if correct, else 0
+  l* = (v₂·μ₁ − v₁·μ₂) / (v₂ − v₁), within the group's lengths, if v₂ < v₁
+  Λ  = (share of wrong) / (max pen − mean pen + 1e-6)
+
+https://github.com/SJTU-RTEAS/SmartThinker. Of a group's lengths in tokens, μ₁
+and v₁ are mean and variance (divided by n) of all, μ₂ and v₂ of the correct
+ones: l* is where a Gaussian of the correct lengths most exceeds one of all. If
+v₂ > v₁, or if everything is correct, it is the shortest length; if the two
+variances are equal, the longest where μ₂ < μ₁ and else the shortest. The mean
+penalty is over the whole group. Λ puts the most penalised correct completion on
+the group's mean reward; in a group all correct or all wrong it is 0.
+
+Defaults: none to choose; with 8 completions a prompt.
+
+Departures: a grade between 0 and 1 counts as correct above ½ and stays itself
+where the formula says c. None else known.
+
+Good to know: the mean penalty is at most the share of correct times the largest
+one, so Λ·pen ≤ 1 and no correct completion falls below the wrong ones' 0.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num, Shaped
+
+from lapo_jax import ops, types
+
+
+@jax.jit
+def reward(correct: Shaped[Array, 'P G'],
+           lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
+  """R = c − Λ·max(0, l − l*) if correct, else c."""
+  member = _is_correct(correct, lengths)
+  excess = lengths - optimal_lengths(correct, lengths)[:, None]
+  penalty = jnp.where(member, jnp.maximum(excess, 0.0), 0.0)
+  everyone = jnp.ones(lengths.shape, bool)
+  mean = ops.masked_mean(penalty, everyone, keepdims=True)
+  most = jnp.max(penalty, axis=-1, keepdims=True)
+  wrong = jnp.mean(~member, axis=-1, keepdims=True)
+  mixed = (wrong > 0) & (wrong < 1)
+  coef = jnp.where(mixed, wrong / (most - mean + 1e-6), 0.0)
+  return correct.astype(jnp.float32) - coef * penalty
+
+
+@jax.jit
+def optimal_lengths(correct: Shaped[Array, 'P G'],
+                    lengths: Num[Array, 'P G']) -> Float[Array, 'P']:
+  """l* of each group, tokens; the longest where nothing is correct."""
+  member = _is_correct(correct, lengths)
+  everyone = jnp.ones(lengths.shape, bool)
+  lengths = lengths.astype(jnp.float32)
+  shortest, longest = jnp.min(lengths, axis=-1), jnp.max(lengths, axis=-1)
+  mean, own_mean = (ops.masked_mean(lengths, m) for m in (everyone, member))
+  var, own_var = (ops.masked_std(lengths, m, ddof=0)**2
+                  for m in (everyone, member))
+  gap = own_var - var
+  # μ₂ + v₂·(μ₁ − μ₂)/(v₂ − v₁): the formula, without its large products.
+  crossing = own_mean + own_var * (mean - own_mean) / jnp.where(
+      gap < 0, gap, 1.0)
+  found = jnp.where(gap < 0, jnp.clip(crossing, shortest, longest), shortest)
+  alike = jnp.where(own_mean < mean, longest, shortest)
+  found = jnp.where(jnp.abs(gap) < 1e-6, alike, found)
+  found = jnp.where(jnp.all(member, axis=-1), shortest, found)
+  return jnp.where(jnp.any(member, axis=-1), found, longest)
+
+
+def make() -> types.Reward:
+  """The plug-in; it has no settings."""
+
+  def apply(outcomes, state):
+    correct = outcomes.correct.astype(jnp.float32)
+    total = reward(outcomes.correct, outcomes.lengths)
+    return types.Rewards({'correct': correct,
+                          'length': total - correct}), state
+
+  return types.Reward(apply)
+
+
+def _is_correct(correct: Shaped[Array, 'P G'],
+                lengths: Num[Array, 'P G']) -> Bool[Array, 'P G']:
+  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  return correct.astype(jnp.float32) > 0.5
