@@ -12,6 +12,16 @@ from lapo_jax import plugins
 
 _KINDS = {'model': 'models', 'task': 'tasks', 'reward': 'rewards'}
 
+# LAPO's prompt, a plain string without a chat template (arXiv 2507.15758).
+LAPO_TEMPLATE = (
+    'You are a helpful assistant. A conversation between User and Assistant. '
+    'The user asks a question, and the Assistant solves it. The Assistant '
+    'first thinks about the reasoning process in the mind and then provides '
+    'the user with the answer. The reasoning process is enclosed within '
+    '<think> and </think> tags, respectively, i.e., <think> reasoning process '
+    'here </think> answer here. User: {question} Please think step by step and '
+    'output the final answer within \\boxed{}. Assistant: <think>')
+
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
   """The default config.

@@ -13,6 +13,7 @@ import functools
 import hashlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -212,23 +213,36 @@ def key(seed: int, stream: str, step: int) -> jax.Array:
 
 
 def _make_tasks(config: ml_collections.ConfigDict, settings: dict[str, Any]
-                ) -> tuple[types.Task, types.Task]:
-  """The training problems and the held-out ones.
+                ) -> tuple[evaluate_lib.Part, evaluate_lib.Part]:
+  """The training problems and the held-out ones; no text is in both.
 
   Held out are those of `eval.task`, or else the task's last
-  `eval.num_examples`, which are then not trained on.
+  `eval.num_examples`. Training problems that are held out too are left out:
+  published files overlap.
   """
   name, most = config.task.name, config.eval.num_examples
   task = plugins.make('tasks', name, **settings)
   if config.eval.task:
     held_out = plugins.make('tasks', name, **{**settings, **config.eval.task})
-    return task, evaluate_lib.Part(held_out, 0, min(most, len(held_out)))
-  if most >= len(task):
+    held_out = evaluate_lib.Part(held_out, range(len(held_out)))
+    pool = range(len(task))
+  elif most < len(task):
+    pool = range(len(task) - most)
+    held_out = evaluate_lib.Part(task, range(len(pool), len(task)))
+  else:
     raise ValueError(f'eval.num_examples {most} leaves nothing to train on of '
                      f'{len(task)} problems: expected fewer, or eval.task.')
-  cut = len(task) - most
-  return (evaluate_lib.Part(task, 0, cut),
-          evaluate_lib.Part(task, cut, len(task)))
+  shared = set(evaluate_lib.shared_questions(evaluate_lib.Part(task, pool),
+                                             held_out))
+  if len(shared) == len(pool):
+    raise ValueError(f'all {len(pool)} training problems are held out too: '
+                     'expected an eval.task with others.')
+  if shared:
+    logging.warning('%d of %d training problems are left out, for they are '
+                    'held out too; the first is number %d.', len(shared),
+                    len(pool), min(shared))
+  return (evaluate_lib.Part(task, [i for i in pool if i not in shared]),
+          evaluate_lib.Part(held_out, range(min(most, len(held_out)))))
 
 
 def _check_choices(config: ml_collections.ConfigDict) -> None:
@@ -302,14 +316,15 @@ def _check_prompts(config: ml_collections.ConfigDict, task: types.Task,
       encode([example(i) for i in turn], turn)
 
 
-def _manifest(task: types.Task, eval_task: types.Task) -> dict[str, Any]:
+def _manifest(task: evaluate_lib.Part,
+              eval_task: evaluate_lib.Part) -> dict[str, Any]:
   """What a run is trained and evaluated on, for its data.json.
 
   The fingerprints change with any problem or answer, or their order.
   """
   parts = {'train': task, 'held_out': eval_task}
   return {name: {'problems': len(part), 'fingerprint': _fingerprint(part),
-                 **getattr(part, 'manifest', {})}
+                 **part.manifest}
           for name, part in parts.items()}
 
 

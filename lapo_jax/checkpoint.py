@@ -45,6 +45,10 @@ _NUM_LATEST = 2
 _NAME = re.compile(r'(\d+)-step-(\d+)')
 
 
+class DamagedError(RuntimeError):
+  """What was saved is not what can be read."""
+
+
 def save(folder: str | os.PathLike, step: int, state: Any, meta: dict,
          metric: float | None = None) -> None:
   """Writes a checkpoint and returns once it is on disk and committed.
@@ -112,7 +116,7 @@ def restore_latest(folder: str | os.PathLike, like: Any,
   Raises:
     ValueError: the checkpoint is whole but of another tree, shape or dtype, or
       a leaf of `like` has no sharding.
-    RuntimeError: all checkpoints are damaged.
+    DamagedError: all checkpoints are damaged.
   """
   folder = _absolute(folder)
   for path, leaf in _leaves(like).items():
@@ -139,7 +143,7 @@ def restore_latest(folder: str | os.PathLike, like: Any,
                          'one: %s (%s)', entry.step, entry.path, reason)
     reasons.append(f'step {entry.step}: {reason}')
   if reasons:
-    raise RuntimeError(f'all checkpoints in {folder} are damaged ('
+    raise DamagedError(f'all checkpoints in {folder} are damaged ('
                        f'{"; ".join(reasons)}); put back a copy, or start '
                        'over in an empty folder')
   return None

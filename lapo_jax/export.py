@@ -36,7 +36,7 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> pathlib.Path:
   Raises:
     ValueError: no run, no checkpoint, the model it started from is gone, or
       `out` holds something.
-    RuntimeError: all checkpoints are damaged.
+    checkpoint.DamagedError: all checkpoints are damaged.
   """
   workdir, out = pathlib.Path(workdir), pathlib.Path(out).absolute()
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program: flags, then `train.train_and_evaluate`.
+"""The program: flags, then training, an evaluation or an export.
 
   python -m lapo_jax.main --config=configs/tiny.py --workdir=runs/tiny
+  python -m lapo_jax.main --mode=export --workdir=runs/tiny --out=my_model
+  python -m lapo_jax.main --mode=eval --config=configs/benchmarks.py \\
+    --config.model.path=my_model --workdir=runs/eval
 """
 
+import functools
 import logging as python_logging
 import pathlib
 import re
@@ -14,11 +18,15 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from lapo_jax import train
+from lapo_jax import benchmark, checkpoint, export, train
 
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'export'],
+                          'What to do.')
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The run; its argument, after a colon, is the method.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_OUT = flags.DEFINE_string(
+    'out', None, 'Folder for the exported model, in the Hugging Face layout.')
 
 # A plug-in's name decides which other keys its section has.
 _NAME_FLAG = re.compile(r'--config\.(model|task|reward)\.name=(.*)')
@@ -58,25 +66,49 @@ def names_first(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-  """Trains."""
+  """Trains, evaluates or exports; a user's mistake ends with one line."""
   del argv
   logging.set_verbosity(logging.INFO)
   # Below a warning it lists the accelerators that this machine lacks.
   python_logging.getLogger('jax').setLevel('WARNING')
-  if not _WORKDIR.value or _CONFIG.value is None:
-    _stop('expected --config=configs/tiny.py --workdir=runs/tiny')
+  _check_flags()
   if not jax.config.jax_compilation_cache_dir:
     # A run that goes on, or the next one, need not compile again.
     jax.config.update('jax_compilation_cache_dir', str(
-        pathlib.Path.home() / '.cache' / 'lapo_jax'))
+        pathlib.Path.home() / '.cache' / 'lapo_jax' / 'programs'))
+  # What is wrong with the request shows in the first half, before any compute.
   try:
-    runs = train.prepare(_CONFIG.value, _WORKDIR.value)
-  except (ValueError, OSError) as error:
+    if _MODE.value == 'export':
+      print(f'Written: {export.export(_WORKDIR.value, _OUT.value)}')
+      return
+    if _MODE.value == 'eval':
+      work = functools.partial(
+          benchmark.run, benchmark.prepare(_CONFIG.value, _WORKDIR.value))
+    else:
+      work = functools.partial(
+          train.train, train.prepare(_CONFIG.value, _WORKDIR.value),
+          _WORKDIR.value)
+  except (ValueError, OSError, checkpoint.DamagedError) as error:
     _stop(error)
   try:
-    train.train(runs, _WORKDIR.value)
-  except train.TrainingError as error:
+    work()
+  except (train.TrainingError, checkpoint.DamagedError) as error:
     _stop(error)
+
+
+def _check_flags() -> None:
+  """Ends the program when a flag is missing or has no meaning here."""
+  if _MODE.value == 'export':
+    if not _WORKDIR.value or not _OUT.value or _CONFIG.value is not None:
+      _stop('expected --mode=export --workdir=runs/tiny --out=my_model, and no '
+            '--config: the run has its own.')
+    return
+  if not _WORKDIR.value or _CONFIG.value is None or _OUT.value:
+    example = {'train': '--config=configs/tiny.py --workdir=runs/tiny',
+               'eval': '--mode=eval --config=configs/benchmarks.py '
+                       '--workdir=runs/eval'}
+    _stop(f'expected {example[_MODE.value]}'
+          f'{" and no --out" if _OUT.value else ""}')
 
 
 def _stop(reason: Exception | str) -> NoReturn:

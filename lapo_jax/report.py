@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib import axes, figure
 
-from lapo_jax import metrics
+from lapo_jax import metrics, wording
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, without the
 # yellow that vanishes on white; stages also differ by their markers.
@@ -22,7 +22,6 @@ _COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
             '#56B4E9')
 # All wide enough in the middle to hold a number.
 _MARKERS = 'osDph8H'
-_MISSING = '-'
 
 
 def write_summary(workdir: str | os.PathLike, stages: list[dict],
@@ -66,17 +65,18 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
       points = 100 * (stage['accuracy'] - base['accuracy'])
       change = 100 * (tokens / base_tokens - 1) if base_tokens else math.nan
     rows.append([stage['name'], str(stage['steps']),
-                 _number(100 * stage['accuracy']), _number(points, '+.1f'),
-                 _number(tokens), _number(change, '+.1f'),
-                 _number(100 * stage['truncated'])])
-  lines = _align(rows)
+                 wording.number(100 * stage['accuracy']),
+                 wording.number(points, '+.1f'), wording.number(tokens),
+                 wording.number(change, '+.1f'),
+                 wording.number(100 * stage['truncated'])])
+  lines = wording.align(rows)
   levels = _levels(stages)
   if levels:
     rows = [['accuracy % / mean tokens', *(s['name'] for s in stages)]]
     for level in levels:
       rows.append([level, *(_level_cell(s['by_level'].get(level))
                             for s in stages)])
-    lines += ['', *_align(rows)]
+    lines += ['', *wording.align(rows)]
   return '\n'.join(lines)
 
 
@@ -178,22 +178,9 @@ def _levels(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _level_cell(found: Mapping[str, Any] | None) -> str:
   if found is None:
-    return _MISSING
-  return (f'{_number(100 * found["accuracy"])} / '
-          f'{_number(found["mean_tokens"])}')
-
-
-def _number(value: float | int, form: str = '.1f') -> str:
-  return format(value, form) if math.isfinite(value) else _MISSING
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-  """The first column to the left, the others to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ['  '.join([row[0].ljust(widths[0]),
-                     *(cell.rjust(width) for cell, width in
-                       zip(row[1:], widths[1:], strict=True))]).rstrip()
-          for row in rows]
+    return '-'
+  return (f'{wording.number(100 * found["accuracy"])} / '
+          f'{wording.number(found["mean_tokens"])}')
 
 
 def _replace(path: pathlib.Path,

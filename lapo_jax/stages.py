@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import build, checkpoint, metrics, types
+from lapo_jax import build, checkpoint, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
 
 # Keys in which a resumed run may differ: they change no number it computes.
@@ -25,7 +25,7 @@ _FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
               'checkpoint_every')
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict,
+def claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
           runs: list[build.Run]) -> None:
   """Makes the folder this run's own: config.json and data.json.
 
@@ -33,41 +33,16 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict,
     ValueError: it holds a run with another config or of other problems;
       nothing is written.
   """
-  mine = {'config.json': json.loads(config.to_json()),
-          'data.json': {run.name: run.manifest for run in runs}}
-  missing = []
-  for name, found in mine.items():
-    if not (workdir / name).exists():
-      missing.append(name)
-      continue
-    try:
-      theirs = _settings(json.loads((workdir / name).read_text()))
-    except (ValueError, AttributeError) as error:
-      raise ValueError(f'{workdir / name}: expected what a run writes there: '
-                       f'{error}. Give another --workdir.') from error
-    found = _settings(found)
-    changed = [f'{key}: got {found.get(key)}, the folder\'s run has '
-               f'{theirs.get(key)}' for key in sorted({**found, **theirs})
-               if key.partition('.')[0] not in _FREE_KEYS
-               and found.get(key) != theirs.get(key)]
-    if changed:
-      more = f'; and {len(changed) - 5} more' if len(changed) > 5 else ''
-      what = 'another run' if name == 'config.json' else 'a run on other data'
-      raise ValueError(f'{workdir} holds {what}: {"; ".join(changed[:5])}'
-                       f'{more}. Give another --workdir, or the same config '
-                       'and data to go on.')
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    for name in missing:
-      metrics.replace_text(workdir / name,
-                           metrics.to_json(mine[name], indent=2))
+  workdir.claim(folder, {'config.json': json.loads(config.to_json()),
+                         'data.json': {run.name: run.manifest for run in runs}},
+                _FREE_KEYS)
 
 
 def resume(runs: list[build.Run],
-           workdir: pathlib.Path) -> tuple[int, types.TrainState, float]:
+           folder: pathlib.Path) -> tuple[int, types.TrainState, float]:
   """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
   for i in reversed(range(len(runs))):
-    found = checkpoint.restore_latest(_checkpoints(workdir, i),
+    found = checkpoint.restore_latest(_checkpoints(folder, i),
                                       runs[i].state_shapes)
     if found is not None:
       state, meta = found
@@ -82,10 +57,10 @@ def resume(runs: list[build.Run],
       reward_state=run.replicate(run.reward.init(len(run.task)))), 0.0
 
 
-def save(workdir: pathlib.Path, stage: int, state: types.TrainState,
+def save(folder: pathlib.Path, stage: int, state: types.TrainState,
          seconds: float, metric: float | None) -> None:
   """Writes a checkpoint; `seconds` is what the run has taken so far."""
-  checkpoint.save(_checkpoints(workdir, stage), int(state.step), state,
+  checkpoint.save(_checkpoints(folder, stage), int(state.step), state,
                   {'seconds': seconds}, metric)
 
 
@@ -103,7 +78,7 @@ def begin(run: build.Run, stage: int,
 
 
 def reference(runs: list[build.Run], stage: int,
-              workdir: pathlib.Path) -> Any:
+              folder: pathlib.Path) -> Any:
   """Parameters of the policy at the stage's start, None if none is asked.
 
   They are the pretrained ones, or the last checkpoint of the stage before.
@@ -113,21 +88,21 @@ def reference(runs: list[build.Run], stage: int,
     return None
   if stage == 0:
     return run.load_params()
-  before, folder = runs[stage - 1], _checkpoints(workdir, stage - 1)
-  found, _ = checkpoint.restore_latest(folder, before.state_shapes)
+  before, place = runs[stage - 1], _checkpoints(folder, stage - 1)
+  found, _ = checkpoint.restore_latest(place, before.state_shapes)
   end = sum(r.config.total_steps for r in runs[:stage])
   if int(found.step) != end:
-    raise RuntimeError(
-        f'{folder}: the checkpoint of step {end}, the reference policy of '
+    raise checkpoint.DamagedError(
+        f'{place}: the checkpoint of step {end}, the reference policy of '
         f'stage {run.name!r}, is damaged; expected it whole.')
   return found.params
 
 
-def record(workdir: pathlib.Path, writer: metrics.Writer, first_step: int,
+def record(folder: pathlib.Path, writer: metrics.Writer, first_step: int,
            number: int, run: build.Run, params: Any, *, name: str,
            steps: int) -> None:
   """Evaluates at a stage's end, once: the summary's row of this stage."""
-  file = _record_file(workdir, number)
+  file = _record_file(folder, number)
   if file.exists():
     found = json.loads(file.read_text())
   else:
@@ -144,9 +119,9 @@ def record(workdir: pathlib.Path, writer: metrics.Writer, first_step: int,
                  evaluate_lib.scalars(found, run.config.task.name))
 
 
-def records(workdir: pathlib.Path, count: int) -> list[dict[str, Any]]:
+def records(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
   """The rows of the summary: the base, then each stage."""
-  return [json.loads(_record_file(workdir, i).read_text())
+  return [json.loads(_record_file(folder, i).read_text())
           for i in range(count)]
 
 
@@ -159,20 +134,9 @@ def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
   return found
 
 
-def _checkpoints(workdir: pathlib.Path, stage: int) -> pathlib.Path:
-  return workdir / 'checkpoints' / str(stage)
+def _checkpoints(folder: pathlib.Path, stage: int) -> pathlib.Path:
+  return folder / 'checkpoints' / str(stage)
 
 
-def _record_file(workdir: pathlib.Path, number: int) -> pathlib.Path:
-  return workdir / 'stages' / f'{number}.json'
-
-
-def _settings(section: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A config's values by dotted key."""
-  found = {}
-  for key, value in section.items():
-    if isinstance(value, dict):
-      found |= _settings(value, f'{prefix}{key}.')
-    else:
-      found[f'{prefix}{key}'] = value
-  return found
+def _record_file(folder: pathlib.Path, number: int) -> pathlib.Path:
+  return folder / 'stages' / f'{number}.json'

@@ -2,7 +2,8 @@
 """A run in plain words, for the person who watches it.
 
 `log_line` says a step in one line, `explain` what its numbers mean,
-`samples_table` shows what the model wrote, and `progress` how far it is.
+`samples_table` shows what the model wrote, `progress` how far it is; `align`
+and `number` are the parts of tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,20 @@ def samples_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines += _wrap('  completion  ', _shorten(row['completion'], 480))
     lines.append('-' * _TABLE_WIDTH)
   return '\n'.join(lines)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of a table: the first column to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ['  '.join([row[0].ljust(widths[0]),
+                     *(cell.rjust(width) for cell, width in
+                       zip(row[1:], widths[1:], strict=True))]).rstrip()
+          for row in rows]
+
+
+def number(value: float | int, form: str = '.1f') -> str:
+  """The number, '-' if it is none."""
+  return format(value, form) if math.isfinite(value) else '-'
 
 
 def progress(total: int, initial: int, desc: str) -> tqdm.tqdm:

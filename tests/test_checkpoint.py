@@ -192,7 +192,8 @@ def test_all_damaged(tmp_path):
   for step in (7, 8):
     checkpoint.save(tmp_path, step, _state(), {})
     shutil.rmtree(_newest(tmp_path) / 'state')
-  with pytest.raises(RuntimeError, match=f'{tmp_path}.*step 8: .*step 7: '):
+  with pytest.raises(checkpoint.DamagedError,
+                     match=f'{tmp_path}.*step 8: .*step 7: '):
     checkpoint.restore_latest(tmp_path, _like(_state()))
 
 

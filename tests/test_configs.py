@@ -10,10 +10,16 @@ import ml_collections
 import pytest
 from toys import config as toy_config
 
-from lapo_jax import build, main, plugins, train
+from lapo_jax import benchmark, build, main, plugins, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
+_DATA = _ROOT.parent / 'shared' / 'data'
 _CONFIGS = sorted(path.stem for path in (_ROOT / 'configs').glob('[a-z]*.py'))
+_PAPER = ('lapo_r1_1p5b', 'lapo_deepscaler_1p5b')
+
+needs_data = pytest.mark.skipif(
+    not (_DATA / 'aime_train.json').exists(),
+    reason='the real problem sets are not beside the repository')
 
 
 def load(name, argument=''):
@@ -63,8 +69,8 @@ def keys(config, prefix=''):
   """The paths of all keys that hold no section."""
   for key, value in config.to_dict().items():
     path = f'{prefix}{key}'
-    # What eval.task holds are settings of a task, as in task itself.
-    if isinstance(value, dict) and path != 'eval.task':
+    # What these hold are settings of a task, as in task itself.
+    if isinstance(value, dict) and path not in ('eval.task', 'benchmarks'):
       yield from keys(config[key], f'{path}.')
     else:
       yield path
@@ -85,13 +91,39 @@ def test_every_key_is_read(monkeypatch, model_folder, compile_cache, tmp_path):
   assert 'loss.entropy_coef' not in reads and 'optimizer.lr' not in reads
 
 
-@pytest.mark.parametrize('name', _CONFIGS)
-def test_every_config_builds(name, model_folder):
-  config = load(name)
+def test_every_key_of_an_evaluation_is_read(monkeypatch, model_folder,
+                                            compile_cache, tmp_path):
+  config = load('benchmarks')
+  config.model.update(path=model_folder, dtype='float32')
+  config.update(batch_size=8, max_prompt_length=1024, max_completion_length=4)
+  config.benchmarks = {'toy': {'task': 'toys.task', 'num_samples': 1,
+                               'settings': {'num_examples': 3}}}
   config.lock()
+  declared = set(keys(config))
+  with recorded(monkeypatch) as reads:
+    benchmark.benchmark(config, str(tmp_path))
+  assert {'top_p', 'conflict.budgets', 'grader.deadline'} <= declared
+  assert declared - reads == set()
+
+
+def real(config, model_folder):
+  """The config on the problems that are here, as small as it can be."""
+  if config.task.name == 'math':
+    config.task.update(path=str(_DATA), sources=(
+        {'path': 'aime_train.json', 'count': 200},))
+    config.eval.num_examples = 8
   config.model.path = model_folder
-  if config.rollout.template == 'chat':
-    config.rollout.max_prompt_length = 1024  # here a token is a byte
+  # Here a token is a byte.
+  config.rollout.max_prompt_length = 8192
+  return config
+
+
+@pytest.mark.parametrize('name', [
+    name if name not in _PAPER else pytest.param(name, marks=needs_data)
+    for name in _CONFIGS if name != 'benchmarks'])
+def test_every_config_builds(name, model_folder):
+  config = real(load(name), model_folder)
+  config.lock()
   stages = build.stage_configs(config)
   assert [stage for stage, _ in stages]
   for stage, settings in stages:
@@ -107,6 +139,86 @@ def test_every_config_tells_its_command():
     module = importlib.import_module(f'configs.{name}')
     if name != 'default':
       assert f'--config=configs/{name}.py' in module.__doc__
+
+
+@pytest.mark.parametrize('name', _PAPER)
+def test_the_recipe_of_the_paper(name):
+  config = load(name)
+  assert config.model.path == ''  # nobody's model by accident
+  assert config.model.dtype == 'bfloat16'
+  rollout, updates = config.rollout, config.updates
+  assert (rollout.num_prompts, rollout.group_size) == (128, 8)
+  assert (rollout.temperature, rollout.max_prompt_length,
+          rollout.max_completion_length) == (1.0, 1024, 4096)
+  assert rollout.template.startswith('You are a helpful assistant. A conver')
+  assert rollout.template.endswith(
+      'User: {question} Please think step by step and output the final answer '
+      'within \\boxed{}. Assistant: <think>')
+  assert 128 * 8 // updates.num_minibatches == 128
+  assert updates.num_epochs == 1 and updates.num_minibatches == 8
+  optimizer = config.optimizer
+  assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (
+      1e-6, 0.9, 0.95)
+  assert (optimizer.warmup_share, optimizer.final_share,
+          optimizer.clip_norm) == (0.03, 0.1, 1.0)
+  assert (config.loss.kl_coef, config.loss.clip_low,
+          config.loss.clip_high) == (1e-4, 0.2, 0.2)
+  assert (config.advantage.scale, config.advantage.eps) == ('group', 1e-9)
+  reward = config.reward
+  assert (reward.alpha, reward.beta, reward.slope, reward.sigma) == (
+      0.7, 0.8, 100.0, 120.0)
+  assert (reward.low, reward.high, reward.cap) == (0.3, 0.7, 4096)
+  # Three passes over 10,000 problems, 78 whole steps each.
+  assert [s['count'] for s in config.task.sources] == [6000, 4000]
+  assert config.task.sources[1]['levels'] == (3, 4, 5)
+  assert config.total_steps == 3 * (10_000 // 128)
+  stages = build.stage_configs(config)
+  assert [stage.reward.stage for _, stage in stages] == [
+      'discovery', 'internalisation']
+  # Held out of the folder that the command line names.
+  config.task.path = '/somewhere'
+  assert config.eval.task.to_dict() == {'path': '/somewhere/math500.json',
+                                        'sources': ()}
+  control = load(name, 'accuracy')
+  assert control.reward.to_dict() == {'name': 'accuracy'}
+  assert control.total_steps == 2 * config.total_steps and not control.stages
+  assert control.rollout == load(name).rollout
+
+
+@pytest.mark.parametrize('name', _PAPER)
+def test_a_recipe_without_its_model(name):
+  with pytest.raises(ValueError, match='model.path') as caught:
+    build.build('discovery', load(name))
+  assert '\n' not in str(caught.value)
+
+
+def test_the_protocol_of_the_paper():
+  config = load('benchmarks')
+  assert {name: entry['num_samples'] for name, entry in
+          config.benchmarks.items()} == {
+              'math500': 4, 'aime24': 32, 'amc23': 32, 'olympiad_bench': 4}
+  assert (config.temperature, config.top_p, config.top_k,
+          config.max_completion_length) == (0.6, 0.95, 0, 32768)
+  assert config.template == load(_PAPER[0]).rollout.template
+  assert list(load('benchmarks', 'aime24').benchmarks) == ['aime24']
+  assert load('benchmarks', 'model=qwen2,amc23').model.name == 'qwen2'
+  with pytest.raises(ValueError, match="'aime'.*aime24"):
+    load('benchmarks', 'aime')
+  with pytest.raises(ValueError, match="'task=math'"):
+    load('benchmarks', 'task=math')
+
+
+@needs_data
+def test_the_protocol_finds_its_problems(model_folder, tmp_path):
+  config = load('benchmarks')
+  config.update(data=str(_DATA), batch_size=64, max_prompt_length=8192)
+  config.model.path = model_folder
+  prepared = benchmark.prepare(config, str(tmp_path))
+  sizes = {p.name: len(p.problems) for p in prepared.passes}
+  assert (sizes['math500'], sizes['aime24'], sizes['amc23']) == (500, 30, 40)
+  # Of 675, without what no grader can read.
+  assert 660 <= sizes['olympiad_bench'] <= 675
+  assert prepared.group_size == 4
 
 
 def test_tiny_is_both_stages_of_lapo():
@@ -133,7 +245,8 @@ def test_the_control_has_the_same_steps_and_cap(argument):
 
 def test_the_argument_names_plugins():
   config = load('default', 'task=gsm8k,reward=accuracy')
-  assert config.task.to_dict() == {'name': 'gsm8k', 'path': ''}
+  assert config.task.to_dict() == {'name': 'gsm8k',
+                                   **plugins.defaults('tasks', 'gsm8k')}
   assert config.reward.name == 'accuracy'
   assert load('default').reward.to_dict() == {
       'name': 'lapo', **plugins.defaults('rewards', 'lapo'),

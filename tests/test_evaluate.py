@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out accuracy and length: every problem once, whatever the batches."""
+"""Held-out accuracy and length: every problem once, whatever the batches.
+
+And the statistics of both, by literal numbers and by counting.
+"""
+
+import itertools
+import math
 
 import jax
 import numpy as np
@@ -125,12 +131,12 @@ def test_scalars_by_name():
 
 def test_a_part_is_a_task():
   task = Task(10)
-  part = evaluate.Part(task, 6, 10)
+  part = evaluate.Part(task, range(6, 10))
   assert isinstance(part, types.Task)
   assert len(part) == 4
   assert [part[i] for i in range(4)] == [task[i] for i in range(6, 10)]
   assert part.grade('', part[0]) == {'correct': 1.0, 'parsed': 1.0}
-  train = evaluate.Part(task, 0, 6)
+  train = evaluate.Part(task, [0, 1, 2, 3, 4, 5])
   assert not ({train[i].question for i in range(len(train))} &
               {part[i].question for i in range(len(part))})
 
@@ -138,4 +144,122 @@ def test_a_part_is_a_task():
 @pytest.mark.parametrize('index', [4, 100, -1])
 def test_a_part_ends_where_it_ends(index):
   with pytest.raises(IndexError):
-    evaluate.Part(Task(10), 2, 6)[index]
+    evaluate.Part(Task(10), range(2, 6))[index]
+
+
+# ---- Statistics.
+
+
+@pytest.mark.parametrize('n, c, k, expected', [
+    (1, 1, 1, 1.0), (1, 0, 1, 0.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5),
+    (4, 2, 2, 5 / 6), (4, 1, 4, 1.0), (4, 0, 4, 0.0), (4, 3, 2, 1.0),
+    (10, 3, 5, 11 / 12), (32, 1, 8, 0.25), (32, 16, 1, 0.5),
+])
+def test_pass_at_k_of_literal_numbers(n, c, k, expected):
+  assert evaluate.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_is_the_share_of_all_subsets():
+  n = 6
+  for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+    subsets = list(itertools.combinations(range(n), k))
+    share = np.mean([min(subset) < c for subset in subsets])
+    assert evaluate.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_of_many_problems():
+  n, c = np.array([4, 4, 2]), np.array([1, 4, 0])
+  np.testing.assert_allclose(evaluate.pass_at_k(n, c, 2), [0.5, 1.0, 0.0])
+  # What came back counts, not what was asked for.
+  assert evaluate.pass_at_k(3, 1, 1) == pytest.approx(1 / 3)
+  # It is unbiased: pass@1 is the mean of c/n.
+  np.testing.assert_allclose(evaluate.pass_at_k(n, c, 1), c / n)
+  # Exact where the product is long.
+  assert evaluate.pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize('n, c, k', [(4, 1, 5), (4, 1, 0), (4, 5, 1),
+                                     (4, -1, 1), ([4, 2], [1, 1], 3)])
+def test_pass_at_k_refuses(n, c, k):
+  with pytest.raises(ValueError, match='expected'):
+    evaluate.pass_at_k(n, c, k)
+
+
+def test_pass_at_1_and_its_standard_error():
+  # Shares 0, 0.5, 1, 0.5: sd √(1/6), over √4.
+  mean, error = evaluate.pass_at_1(np.full(4, 2), np.array([0, 1, 2, 1]))
+  assert mean == 0.5 and error == pytest.approx(math.sqrt(1 / 6) / 2)
+  # More samples of the same problems are no more problems.
+  again = evaluate.pass_at_1(np.full(4, 200), np.array([0, 100, 200, 100]))
+  assert again == pytest.approx((mean, error))
+  assert evaluate.pass_at_1(np.array([3, 1]), np.array([1, 1]))[0] == (
+      pytest.approx(2 / 3))
+  mean, error = evaluate.pass_at_1(np.array([4]), np.array([1]))
+  assert mean == 0.25 and math.isnan(error)
+  with pytest.raises(ValueError, match='expected'):
+    evaluate.pass_at_1(np.array([0, 1]), np.array([0, 1]))
+
+
+def test_length_statistics():
+  found = evaluate.length_statistics(
+      np.array([True, False, True, False]), np.array([10, 20, 30, 100]),
+      np.array([False, False, False, True]))
+  assert found == {'mean_tokens': 40.0, 'median_tokens': 25.0,
+                   'correct_tokens': 20.0, 'wrong_tokens': 60.0,
+                   'truncated': 0.25}
+  nothing = evaluate.length_statistics(np.array([True]), np.array([7]),
+                                       np.array([False]))
+  assert math.isnan(nothing['wrong_tokens'])
+  assert nothing['correct_tokens'] == nothing['median_tokens'] == 7.0
+
+
+def test_aes_of_published_averages():
+  # LAPO-I against its base, DeepSeek-R1-Distill-Qwen-1.5B.
+  shorter, better = (8086 - 4775) / 8086, (59.1 - 57.9) / 57.9
+  assert evaluate.aes(59.1, 4775, 57.9, 8086) == pytest.approx(
+      shorter + 3 * better)
+  assert evaluate.aes(59.1, 4775, 57.9, 8086) == pytest.approx(0.4716, abs=1e-4)
+  # Accuracy lost weighs five, gained three.
+  assert evaluate.aes(0.45, 100, 0.5, 100) == pytest.approx(-0.5)
+  assert evaluate.aes(0.55, 100, 0.5, 100) == pytest.approx(0.3)
+  assert evaluate.aes(0.5, 50, 0.5, 100) == pytest.approx(0.5)
+  assert evaluate.aes(0.5, 200, 0.5, 100) == pytest.approx(-1.0)
+  assert math.isnan(evaluate.aes(0.5, 100, 0.0, 100))
+  assert math.isnan(evaluate.aes(0.5, 100, 0.5, 0.0))
+
+
+class Questions(list):
+  """A task of questions."""
+
+  def __getitem__(self, index):
+    return types.Example(super().__getitem__(index), '')
+
+  def grade(self, completion, example):
+    return {}
+
+
+@pytest.mark.parametrize('a, b', [
+    ('What is 47-8?', 'what is $47 - 8$ ?'),
+    (r'Let $x=\frac{1}{2}$.', r'let \(x = \frac{1}{2}\) .'),
+    (r'\left( 3,\, y \right)', '(3, y)'),
+    ('two\n\nlines', 'Two lines'),
+    (r'a\quad b~c\ d\;e\!f', 'a b c d e f'),
+])
+def test_a_question_written_in_another_way_is_shared(a, b):
+  assert evaluate.shared_questions(Questions([a]), Questions(['x', b])) == [0]
+
+
+@pytest.mark.parametrize('a, b', [
+    ('What is 47-8?', 'What is 478?'), ('What is 47-8?', 'What is 47+8?'),
+    ('4 7', '47'), ('now here', 'nowhere'), (r'\leftarrow', 'arrow'),
+    (r'$x_1$', r'$x_2$'), ('(1, 2)', '[1, 2]'), (r'\frac12', r'\frac21'),
+])
+def test_another_question_is_not_shared(a, b):
+  assert evaluate.shared_questions(Questions([a]), Questions([b])) == []
+
+
+def test_every_shared_question_is_found():
+  held_out = Questions(['b?', 'a?', 'c?'])
+  task = Questions(['A?', 'z', 'B?', 'a ?'])
+  assert evaluate.shared_questions(task, held_out) == [0, 2, 3]
+  assert evaluate.shared_questions(Questions(), held_out) == []

@@ -20,15 +20,15 @@ _PLURALS = ('rewards', 'models', 'tasks')
 _FLOORS = (
     {'lapo_jax'},
     {'types', 'ops', 'sharding', 'plugins', 'tokenizer', 'checkpoint',
-     'wording', 'models/_'},
+     'wording', 'keywords', 'models/_'},
     {'tasks/_', 'grading_worker'},
     {'metrics', 'grader', 'losses', 'advantages', 'sampling', 'supervised',
      'rewards', 'models', 'tasks'},
-    {'rollout', 'grpo', 'report', 'export'},
+    {'rollout', 'grpo', 'report', 'export', 'workdir', 'protocol'},
     {'evaluate'},
-    {'build'},
-    {'stages'},
-    {'train'},
+    {'build', 'scores'},
+    {'stages', 'eval_folder'},
+    {'train', 'benchmark'},
     {'main'},
 )
 _FLOOR_OF = {room: i for i, rooms in enumerate(_FLOORS) for room in rooms}
@@ -36,7 +36,7 @@ _FLOOR_OF = {room: i for i, rooms in enumerate(_FLOORS) for room in rooms}
 _PURE = {'types', 'ops', 'advantages', 'losses', 'rewards'}
 _PURE_IMPORTS = {'jax', 'numpy', 'chex', 'jaxtyping', 'flax.struct',
                  'collections', 'functools', 'itertools', 'math', 'typing'}
-_CONFIG_ROOMS = {'build', 'stages', 'train', 'main'}
+_CONFIG_ROOMS = {'build', 'stages', 'train', 'benchmark', 'main'}
 
 
 def _room(name):

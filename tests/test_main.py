@@ -252,7 +252,35 @@ def test_a_folder_of_a_run_on_other_problems(call, refused, tmp_path,
   rows[3]['answer'] = '#### 9'
   write()
   said = refused(*flags, config='tests/toys/cut.py')
-  assert 'holds a run on other data' in said and 'train.fingerprint' in said
+  assert 'holds another run, by its data.json' in said
+  assert '.train.f' in said
+
+
+def test_what_is_held_out_is_not_trained_on(call, tmp_path, monkeypatch):
+  prepared = []
+  monkeypatch.setattr(train, 'train', lambda runs, _: prepared.extend(runs))
+  row = lambda n: {'question': f'What is {n} + {n}?', 'answer': f'#### {2 * n}'}
+  for name, numbers in (('train', range(1, 41)), ('test', range(33, 50))):
+    (tmp_path / f'{name}.jsonl').write_text(
+        '\n'.join(json.dumps(row(n)) for n in numbers))
+  flags = ('--config.task.name=gsm8k', '--config.eval.num_examples=8',
+           f'--config.task.path={tmp_path / "train.jsonl"}')
+  test = str(tmp_path / 'test.jsonl')
+  (tmp_path / 'config.py').write_text(
+      'from toys import config\n'
+      'def get_config(argument=""):\n'
+      '  found = config.get_config(argument)\n'
+      f'  found.eval.task = {{"path": {test!r}}}\n'
+      '  return found\n')
+  assert call(*flags, config=tmp_path / 'config.py')[0] in (0, None)
+  run = prepared[0]
+  # Eight are in the test file, of which only eight others are evaluated.
+  assert [run.task[i].answer for i in range(len(run.task))] == [
+      str(2 * n) for n in range(1, 33)]
+  assert len(run.eval_task) == 8
+  data = json.loads((tmp_path / 'run' / 'data.json').read_text())
+  assert data['discovery']['train']['problems'] == 32
+  assert data['discovery']['train']['files'][0]['rows'] == 40
 
 
 def test_a_folder_that_cannot_be_one(refused, tmp_path):

@@ -74,10 +74,6 @@ def short_rollout(short_sampler, tiny_params):
 # ---- Against the scorer.
 
 
-def test_temperature_compiles_nothing_anew(sampler, rollouts):
-  assert sampler._cache_size() == 1
-
-
 def test_greedy_takes_the_argmax_of_the_full_forward(tiny_model, tiny_params,
                                                      rollouts):
   rollout = rollouts[0.0]
@@ -221,6 +217,7 @@ class Scripted:
 
   def __init__(self, logits_fn):
     self.logits_fn = logits_fn
+    self.traced = 0
 
   def init_cache(self, batch, slots):
     return _layers.init_cache(batch, slots, num_layers=1, num_kv_heads=1,
@@ -228,6 +225,7 @@ class Scripted:
 
   def apply(self, variables, *args, method=None):
     del variables
+    self.traced += 1
     if method == 'unembed':
       return args[0]
     tokens, positions, key_mask, cache = args
@@ -240,20 +238,46 @@ def one_hot(tokens, vocab_size):
   return 100.0 * jax.nn.one_hot(tokens, vocab_size)
 
 
-def run(logits_fn, lengths, *, cap, eos_ids=(0,), group_size=1,
+def run(logits_fn, lengths, *how, cap, eos_ids=(0,), group_size=1,
         temperature=1.0, seed=0, prompts=None):
   sample = sampling.make_sample_fn(
       Scripted(logits_fn), group_size=group_size, max_completion_length=cap,
       eos_ids=eos_ids, pad_id=0)
   prompts = make_prompts(np.array(lengths)) if prompts is None else prompts
   return host(sample({}, prompts, jax.random.key(seed),
-                     jnp.float32(temperature)))
+                     jnp.float32(temperature), *how))
 
 
-@pytest.mark.parametrize('cap', [1, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize('cap, meets', [
+    (1, [0, 1]), (64, [0, 64]), (65, [0, 64, 65]),
+    (256, [0, 64, 128, 192, 256]),
+    (1000, [0, 64, 128, 192, 256, 384, 512, 768, 1000])])
+def test_stretches_grow_with_what_is_written(cap, meets):
+  assert sampling._stretches(cap) == meets
+  # The paper's cap: programs that can be compiled, slots that are used.
+  long = sampling._stretches(32768)
+  assert len(long) == 19
+  assert all(end <= max(start * 1.5, start + 64)
+             for start, end in zip(long, long[1:], strict=False))
+
+
+def test_rows_that_stop_inside_a_long_stretch_change_nothing():
+  # Row r stops at position 45·r: three of them in the stretch 256 to 384.
+  prompts = make_prompts(np.ones(8, int)).replace(
+      tokens=np.array([[0] * 5 + [n] for n in range(1, 9)], np.int32))
+  rollout = run(lambda tokens, positions, _: one_hot(jnp.where(
+      positions >= 45 * tokens, 0, tokens), 16), None, cap=380,
+      prompts=prompts)
+  lengths = 45 * np.arange(1, 9) + 1
+  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), lengths)
+  for row, length in enumerate(lengths):
+    assert set(rollout.completion_tokens[row, :length - 1]) == {row + 1}
+
+
+@pytest.mark.parametrize('cap', [1, 5, 64, 65, 300])
 def test_any_cap_fits_the_stretches(cap):
   # Token n is followed by n + 1; the stop is never met.
-  rollout = run(lambda tokens, *_: one_hot(tokens + 1, 256), [6, 2], cap=cap)
+  rollout = run(lambda tokens, *_: one_hot(tokens + 1, 512), [6, 2], cap=cap)
   first = make_prompts(np.array([6, 2])).tokens[:, -1]
   np.testing.assert_array_equal(rollout.completion_tokens,
                                 first[:, None] + 1 + np.arange(cap))
@@ -337,3 +361,124 @@ def test_the_draws_of_a_row_and_of_its_neighbours_are_independent():
     chi_square = np.sum((counts[possible] - expected)**2 / expected)
     # 36 cells, 35 degrees of freedom: beyond 75 once in ten thousand.
     assert chi_square < 75
+
+
+# ---- Top-p and top-k.
+
+# Ties at 0.2: ids 1 and 5, and a token that is impossible.
+SHARES = np.array([0.05, 0.2, 0.3, 0.1, 0.15, 0.2, 0.0])
+
+
+def survivors(top_p, top_k, shares=SHARES):
+  """Ids that stay, by the definition: likeliest first, ids break ties."""
+  order = sorted(range(len(shares)), key=lambda i: (-shares[i], i))
+  order = [i for i in order if shares[i] > 0][:top_k or None]
+  total, mass, kept = sum(shares[i] for i in order), 0.0, []
+  for i in order:
+    if kept and top_p < 1 and mass >= top_p * total - 1e-6:
+      break
+    kept.append(i)
+    mass += shares[i]
+  return sorted(kept)
+
+
+@pytest.fixture(scope='module')
+def draw():
+  """(top_p, top_k, temperature) -> 4000 tokens of one distribution."""
+  model = Scripted(lambda tokens, *_: jnp.broadcast_to(
+      jnp.log(jnp.asarray(SHARES)), (*tokens.shape, len(SHARES))))
+  sample = sampling.make_sample_fn(model, group_size=4000, eos_ids=(63,),
+                                   max_completion_length=1, pad_id=0)
+  prompts = make_prompts(np.array([1]), vocab_size=7)
+
+  def draw(*how, temperature=1.0):
+    rollout = host(sample({}, prompts, jax.random.key(1),
+                          np.float32(temperature), *how))
+    return rollout.completion_tokens[:, 0], rollout.sampler_logprobs[:, 0]
+
+  draw.model = model
+  return draw
+
+
+@pytest.mark.parametrize('top_p, top_k, kept', [
+    (0.3, 0, [2]), (0.31, 0, [1, 2]), (0.5, 0, [1, 2]), (0.69, 0, [1, 2, 5]),
+    (0.71, 0, [1, 2, 4, 5]), (0.95, 0, [1, 2, 3, 4, 5]),
+    (0.96, 0, [0, 1, 2, 3, 4, 5]),
+    (1.0, 1, [2]), (1.0, 2, [1, 2]), (1.0, 3, [1, 2, 5]),
+    (1.0, 4, [1, 2, 4, 5]), (1.0, 99, [0, 1, 2, 3, 4, 5]),
+    # Shares are of what top_k leaves: 0.3, 0.2, 0.2 of 0.7.
+    (0.42, 3, [2]), (0.44, 3, [1, 2]), (0.72, 3, [1, 2, 5]),
+    (0.9, 1, [2]), (1e-6, 0, [2]), (0.0, 0, [2]), (0.0, 5, [2]),
+])
+def test_what_top_p_and_top_k_leave(draw, top_p, top_k, kept):
+  assert survivors(top_p, top_k) == kept
+  tokens, logprobs = draw(top_p, top_k)
+  assert np.unique(tokens).tolist() == kept
+  # Each as often as its share among what is left.
+  shares = SHARES[kept] / SHARES[kept].sum()
+  found = np.bincount(tokens, minlength=7)[kept] / len(tokens)
+  slack = 4 * np.sqrt(shares * (1 - shares) / len(tokens))
+  assert np.all(np.abs(found - shares) <= slack), found
+  # The log-probs are of all tokens: a truncated policy is not the policy.
+  np.testing.assert_allclose(logprobs, np.log(SHARES[tokens]), atol=1e-5)
+
+
+def test_the_nucleus_is_of_the_distribution_at_this_temperature(draw):
+  cold = SHARES**2 / (SHARES**2).sum()
+  kept = survivors(0.8, 0, cold)
+  assert kept != survivors(0.8, 0)
+  assert np.unique(draw(0.8, 0, temperature=0.5)[0]).tolist() == kept
+
+
+def test_truncating_nothing_is_not_truncating(draw):
+  plain = draw()
+  for how in ((1.0,), (1.0, 0), (1.5, 0), (1.0, -1)):
+    jax.tree.map(np.testing.assert_array_equal, draw(*how), plain)
+  # Nothing is compiled anew for other numbers.
+  traced = draw.model.traced
+  draw(0.5, 3, temperature=0.3)
+  draw(0.7, temperature=0.0)
+  assert draw.model.traced == traced
+
+
+def test_greedy_needs_no_nucleus(draw):
+  for how in ((), (0.5,), (0.9, 3)):
+    assert set(draw(*how, temperature=0.0)[0]) == {2}
+
+
+def test_equal_tokens_stay_in_the_order_of_their_ids():
+  rollout = run(lambda tokens, *_: jnp.zeros((*tokens.shape, 8)), [1], 1.0, 3,
+                cap=1, group_size=300, eos_ids=(63,),
+                prompts=make_prompts(np.array([1]), vocab_size=8))
+  assert set(rollout.completion_tokens[:, 0]) == {0, 1, 2}
+
+
+def test_a_nucleus_in_a_vocabulary_of_thousands():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=5000).astype(np.float32) * 3
+  rollout = run(lambda tokens, *_: jnp.broadcast_to(
+      jnp.asarray(logits), (*tokens.shape, 5000)), [1], 0.9, cap=1,
+      group_size=2000, eos_ids=(5000,))
+  order = np.argsort(-logits.astype(np.float64), kind='stable')
+  shares = np.exp(logits[order].astype(np.float64))
+  shares /= shares.sum()
+  size = int(np.searchsorted(np.cumsum(shares), 0.9)) + 1
+  ranks = np.argsort(order)[rollout.completion_tokens[:, 0]]
+  # Within float32's rounding of the sum.
+  assert ranks.max() <= size + 1
+  assert np.unique(ranks).size > 0.3 * size
+
+
+# ---- Keys.
+
+
+def test_a_key_for_each_completion(short_sampler, short_rollout, tiny_params):
+  root = jax.random.key(3)
+  keys = jax.vmap(lambda b: jax.random.fold_in(root, b))(jnp.arange(P * G))
+  ask = lambda keys: host(short_sampler(tiny_params, make_prompts(), keys,
+                                        jnp.float32(1.0)))
+  jax.tree.map(np.testing.assert_array_equal, ask(keys), short_rollout)
+  # A completion follows its own key and no other.
+  other = ask(keys.at[5].set(jax.random.key(9)))
+  differs = (other.completion_tokens != short_rollout.completion_tokens).any(1)
+  assert np.flatnonzero(differs).tolist() == [5]

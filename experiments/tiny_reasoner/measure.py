@@ -26,7 +26,7 @@ class _Forced(evaluate.Part):
   """A task whose completions begin with a given text."""
 
   def __init__(self, task: types.Task, prefill: str):
-    super().__init__(task, 0, len(task))
+    super().__init__(task, range(len(task)))
     self._prefill = prefill
 
   def __getitem__(self, index: int) -> types.Example:

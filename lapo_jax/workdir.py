@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder belongs to one run: what it was started with lies in it as JSON."""
+
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from lapo_jax import metrics
+
+_NAMED = 5  # differences that are told one by one
+_SHOWN = 60  # characters of a value that are told
+
+
+def claim(folder: pathlib.Path, contents: Mapping[str, Any],
+          free_keys: Sequence[str] = ()) -> None:
+  """Makes the folder this run's own; process 0 writes.
+
+  Args:
+    folder: made if missing.
+    contents: what decides the run's numbers, JSON values by file name.
+    free_keys: sections in which a run that goes on may differ.
+
+  Raises:
+    ValueError: it holds another run, named by what differs; nothing is
+      written.
+  """
+  missing = [name for name in contents if not (folder / name).exists()]
+  for name in contents.keys() - missing:
+    file = folder / name
+    try:
+      theirs = _settings(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{file}: expected what a run writes there: {error}. '
+                       'Give another --workdir.') from error
+    # Through JSON: a tuple comes back as a list.
+    mine = _settings(json.loads(metrics.to_json(contents[name])))
+    changed = [f'{key}: got {_short(mine.get(key))}, the folder\'s run has '
+               f'{_short(theirs.get(key))}'
+               for key in sorted({**mine, **theirs})
+               if key.partition('.')[0] not in free_keys
+               and mine.get(key) != theirs.get(key)]
+    if changed:
+      more = (f'; and {len(changed) - _NAMED} more'
+              if len(changed) > _NAMED else '')
+      raise ValueError(f'{folder} holds another run, by its {name}: '
+                       f'{"; ".join(changed[:_NAMED])}{more}. Give another '
+                       '--workdir, or the same config and data to go on.')
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in missing:
+      metrics.replace_text(folder / name,
+                           metrics.to_json(contents[name], indent=2))
+
+
+def _short(value: Any) -> str:
+  text = str(value)
+  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]} …'
+
+
+def _settings(section: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Values by dotted key."""
+  found = {}
+  for key, value in section.items():
+    if isinstance(value, dict):
+      found |= _settings(value, f'{prefix}{key}.')
+    else:
+      found[f'{prefix}{key}'] = value
+  return found
