@@ -16,11 +16,12 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import pathlib
 import tempfile
 from typing import Any
 
-from absl import logging
+from absl import logging as absl_logging
 
 Record = dict[str, str]
 
@@ -140,10 +141,11 @@ def _quiet_tfds() -> Iterator[Any]:
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
-  before = logging.get_verbosity()
-  logging.set_verbosity(min(before, logging.WARNING))
+  logger = absl_logging.get_absl_logger()
+  before = logger.level
+  logger.setLevel(max(before, logging.WARNING))
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       yield tfds
   finally:
-    logging.set_verbosity(before)
+    logger.setLevel(before)
