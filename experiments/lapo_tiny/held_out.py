@@ -3,11 +3,11 @@
 
   python experiments/lapo_tiny/held_out.py --workdir=runs/lapo_tiny
 
-What 1,000 problems cannot tell apart: LAPO against its control, seed by seed,
-on the same problems with the same random numbers. LAPO's policies are asked
-twice, as they are evaluated (no budget in the prompt) and with the sentence
-that they were trained with, n being the median of M(q) over the training
-problems of the level. Writes held_out.md to the folder.
+What 1,000 problems cannot tell apart: each method against the control, seed by
+seed, on the same problems with the same random numbers. LAPO's policies are
+asked twice, as they are evaluated (no budget in the prompt) and with the
+sentence that they were trained with, n being the median of M(q) over the
+training problems of the level. Writes held_out.md to the folder.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from configs import tiny
 from lapo_jax import build, evaluate, stages, types
 
 _NO_BUDGET, _BUDGET = 'no budget', 'budget'
+_CONTROL = 'accuracy only'
 
 
 class _Budgeted:
@@ -43,10 +44,11 @@ class _Budgeted:
     return self._task.grade(completion, example)
 
 
-def evaluated(folder: pathlib.Path, argument: str,
+def evaluated(folder: pathlib.Path, argument: str, overrides: dict[str, str],
               num_examples: int) -> dict[str, evaluate.Found]:
   """What the last policy of a run finds, by kind of prompt."""
   config = tiny.get_config(argument)
+  config.update_from_flattened_dict(overrides)
   config.eval.task = {'split': 'test', 'num_examples': num_examples, 'seed': 1}
   config.eval.num_examples = num_examples
   runs = [build.build(name, stage)
@@ -59,7 +61,7 @@ def evaluated(folder: pathlib.Path, argument: str,
                      'run experiments/lapo_tiny/runs.py first.')
   with run.grader:
     found = {_NO_BUDGET: stages.evaluate(run, state.params)}
-    if argument != 'accuracy':
+    if argument != 'accuracy' and not overrides:
       memory = jax.device_get(state.reward_state['target'])
       levels = np.array([run.task[i].level for i in range(len(run.task))])
       targets = {level: float(np.median(memory[levels == level]))
@@ -77,9 +79,9 @@ def main():
   flags = parser.parse_args()
 
   found = {}
-  for method, seed, config in runs_lib.runs(flags.seeds):
+  for method, seed, argument, overrides in runs_lib.runs(flags.seeds):
     folder = runs_lib.folder(flags.workdir, method, seed)
-    for prompt, result in evaluated(folder, config.partition(':')[2],
+    for prompt, result in evaluated(folder, argument, overrides,
                                     flags.num_examples).items():
       found.setdefault((method, prompt), []).append(result)
 
@@ -98,14 +100,15 @@ def main():
   accuracy = {method: np.array([r['accuracy'] for r in results])
               for (method, prompt), results in found.items()
               if prompt == _NO_BUDGET}
-  gaps = 100 * (accuracy['LAPO'] - accuracy['accuracy only'])
-  error = gaps.std(ddof=1) / len(gaps)**0.5 if len(gaps) > 1 else np.nan
-  lines.append(f'\nLAPO − accuracy only, by seed: '
-               f'{", ".join(f"{gap:+.2f}" for gap in gaps)} points; mean '
-               f'{gaps.mean():+.2f} ± {error:.2f} (standard error over seeds). '
-               f'{flags.num_examples} problems: one accuracy of 90 % has a '
-               f'standard error of '
-               f'{100 * (0.9 * 0.1 / flags.num_examples)**0.5:.2f} points.')
+  lines.append('')
+  for method, found_ in accuracy.items():
+    if method != _CONTROL:
+      gaps = 100 * (found_ - accuracy[_CONTROL])
+      lines.append(f'{method} − {_CONTROL}, by seed: '
+                   f'{", ".join(f"{gap:+.2f}" for gap in gaps)} points.')
+  error = 100 * (0.9 * 0.1 / flags.num_examples)**0.5
+  lines.append(f'{flags.num_examples} problems: an accuracy of 90 % has a '
+               f'standard error of {error:.2f} points.')
   text = '\n'.join(lines)
   (flags.workdir / 'held_out.md').write_text(text + '\n')
   print(text)
