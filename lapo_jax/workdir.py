@@ -27,9 +27,12 @@ def claim(folder: pathlib.Path, contents: Mapping[str, Any],
     ValueError: it holds another run, named by what differs; nothing is
       written.
   """
-  missing = [name for name in contents if not (folder / name).exists()]
-  for name in contents.keys() - missing:
+  missing = []
+  for name in contents:
     file = folder / name
+    if not file.exists():
+      missing.append(name)
+      continue
     try:
       theirs = _settings(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:
