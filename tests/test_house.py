@@ -25,7 +25,7 @@ _FLOORS = (
     {'metrics', 'grader', 'losses', 'advantages', 'sampling', 'supervised',
      'rewards', 'models', 'tasks'},
     {'rollout', 'grpo', 'report', 'export', 'workdir', 'protocol'},
-    {'evaluate'},
+    {'evaluate', 'checks'},
     {'build', 'scores'},
     {'stages', 'eval_folder'},
     {'train', 'benchmark'},
@@ -36,7 +36,7 @@ _FLOOR_OF = {room: i for i, rooms in enumerate(_FLOORS) for room in rooms}
 _PURE = {'types', 'ops', 'advantages', 'losses', 'rewards'}
 _PURE_IMPORTS = {'jax', 'numpy', 'chex', 'jaxtyping', 'flax.struct',
                  'collections', 'functools', 'itertools', 'math', 'typing'}
-_CONFIG_ROOMS = {'build', 'stages', 'train', 'benchmark', 'main'}
+_CONFIG_ROOMS = {'build', 'checks', 'stages', 'train', 'benchmark', 'main'}
 
 
 def _room(name):
