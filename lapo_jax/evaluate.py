@@ -33,15 +33,15 @@ _NEEDLESS_SPACE = re.compile(r'(?<!\w) | (?!\w)')
 
 
 class Part:
-  """Some examples of a task, numbered from 0.
-
-  Attributes:
-    manifest: the task's, {} if it has none.
-  """
+  """Some examples of a task, numbered from 0."""
 
   def __init__(self, task: types.Task, indices: Sequence[int]):
     self._task, self._indices = task, indices
-    self.manifest = getattr(task, 'manifest', {})
+
+  @property
+  def manifest(self) -> dict[str, Any]:
+    """The task's, {} if it has none."""
+    return getattr(self._task, 'manifest', {})
 
   def __len__(self) -> int:
     return len(self._indices)

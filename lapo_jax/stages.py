@@ -61,7 +61,7 @@ def save(folder: pathlib.Path, stage: int, state: types.TrainState,
          seconds: float, metric: float | None) -> None:
   """Writes a checkpoint; `seconds` is what the run has taken so far."""
   checkpoint.save(_checkpoints(folder, stage), int(state.step), state,
-                  {'seconds': seconds}, metric)
+                  {'seconds': seconds, 'step': int(state.step)}, metric)
 
 
 def begin(run: build.Run, stage: int,
@@ -88,14 +88,15 @@ def reference(runs: list[build.Run], stage: int,
     return None
   if stage == 0:
     return run.load_params()
-  before, place = runs[stage - 1], _checkpoints(folder, stage - 1)
-  found, _ = checkpoint.restore_latest(place, before.state_shapes)
+  place = _checkpoints(folder, stage - 1)
+  params, meta = checkpoint.restore_latest(
+      place, runs[stage - 1].state_shapes.params, field='params')
   end = sum(r.config.total_steps for r in runs[:stage])
-  if int(found.step) != end:
+  if meta['step'] != end:
     raise checkpoint.DamagedError(
         f'{place}: the checkpoint of step {end}, the reference policy of '
         f'stage {run.name!r}, is damaged; expected it whole.')
-  return found.params
+  return params
 
 
 def record(folder: pathlib.Path, writer: metrics.Writer, first_step: int,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grading in workers: a verdict for every item, whatever the text does."""
 
-import importlib.util
 import logging
 import os
 import re
@@ -233,8 +232,6 @@ def test_a_process_that_grew_large_grades_no_other_item(plugins):
   assert results[2]['pid'] == results[3]['pid']
 
 
-@pytest.mark.skipif(importlib.util.find_spec('math_verify') is None,
-                    reason='math-verify is not installed')
 def test_a_hostile_batch_ends_and_leaves_the_parent_as_it_was(plugins):
   texts = [f'x</think>\\boxed{{{text}}}' for text in _HOSTILE] * 8
   texts += [r'x</think>\boxed{\log_2 8}', r'\boxed{3}']

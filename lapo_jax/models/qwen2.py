@@ -8,17 +8,7 @@ Departures from the reference: sliding-window attention and all rope scaling
 but Llama 3's are refused by name, not ignored.
 """
 
-import pathlib
-from typing import Any
-
-from lapo_jax.models import (
-    _configs,
-    _decoder,
-    _folders,
-    _layout,
-    _loading,
-    _saving,
-)
+from lapo_jax.models import _configs, _decoder, _families
 
 PARTITION_RULES = _decoder.PARTITION_RULES
 init_shapes = _decoder.init_shapes
@@ -38,6 +28,8 @@ _FAMILY = _configs.Family(
     read=lambda config: {
         'head_dim': _configs.whole(config, 'head_dim', optional=True)},
     write=lambda model: {'use_sliding_window': False})
+load = _families.load
+save = _families.make_save_fn(_FAMILY)
 
 
 def make(path: str = 'tiny_reasoner', dtype: str = 'float32',
@@ -53,33 +45,4 @@ def make(path: str = 'tiny_reasoner', dtype: str = 'float32',
     ValueError: no such folder, another family, an unsupported setting, or
       weights that do not fit, by name.
   """
-  folder = _folders.resolve(path)
-  model, _ = _configs.read(folder, _FAMILY, dtype, param_dtype)
-  _loading.check(folder, _layout.NAMES, init_shapes(model))
-  return model
-
-
-def load(path: str, model: Model, shardings: Any = None) -> dict[str, Any]:
-  """Parameters of a folder: on `shardings`, or without them in numpy."""
-  return _loading.load(_folders.resolve(path), _layout.NAMES,
-                       init_shapes(model), shardings)
-
-
-def save(params: Any, path: str | pathlib.Path, model: Model, *,
-         source: str | None = None,
-         max_shard_bytes: int = _saving.MAX_SHARD_BYTES,
-         **special_tokens: Any) -> None:
-  """Writes a folder that transformers loads.
-
-  Args:
-    params: the parameters.
-    path: the folder; made if missing.
-    model: their model.
-    source: where the model was loaded from, to keep its config.json's entries.
-    max_shard_bytes: of each file of weights.
-    **special_tokens: bos_token_id, eos_token_id, pad_token_id.
-  """
-  config = _configs.describe(model, _FAMILY, params['embedding'].dtype,
-                             source and _folders.resolve(source))
-  _saving.save(path, params, _layout.NAMES, {**config, **special_tokens},
-               max_shard_bytes)
+  return _families.make(_FAMILY, path, dtype, param_dtype)

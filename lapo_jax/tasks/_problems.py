@@ -62,16 +62,18 @@ class Problems:
   """Problems held in memory from their first use on; a task adds `grade`."""
 
   def __init__(self, load: Callable[[], list[Named]],
-               files: list[dict[str, Any]]):
+               files: list[dict[str, Any]], thinking: bool):
     """Keeps what is known of the problems without reading them.
 
     Args:
       load: gives the problems.
       files: the manifest's entries, with 'chosen', the number of problems
         that each file gives.
+      thinking: whether prompts open `<think>`.
     """
     self._load = load
     self._files = files
+    self._thinking = thinking
 
   @functools.cached_property
   def _problems(self) -> list[Named]:

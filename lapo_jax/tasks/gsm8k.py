@@ -9,7 +9,6 @@ An answer counts only after `</think>`: the last box, else the number after
 `####`, else the last number.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from lapo_jax import types
@@ -21,11 +20,6 @@ _SHOWN = 40
 
 class GSM8K(_problems.Problems):
   """The problems of one file."""
-
-  def __init__(self, load: Callable[[], list[_problems.Named]],
-               files: list[dict[str, Any]], thinking: bool):
-    super().__init__(load, files)
-    self._thinking = thinking
 
   def grade(self, completion: str, example: types.Example) -> dict[str, float]:
     """Grades a completion.

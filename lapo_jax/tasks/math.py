@@ -18,7 +18,7 @@ Files are mixed by count or by weight. LAPO's mixture (arXiv 2507.15758):
 Two files that share a problem may both contribute it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 import re
 from typing import Any
@@ -37,11 +37,6 @@ _COMMA = re.compile(r'(?<=[0-9]),(?=[0-9]{3}(?![0-9]))')
 
 class Math(_problems.Problems):
   """Problems whose answer is boxed."""
-
-  def __init__(self, load: Callable[[], list[_problems.Named]],
-               files: list[dict[str, Any]], thinking: bool):
-    super().__init__(load, files)
-    self._thinking = thinking
 
   def grade(self, completion: str, example: types.Example) -> dict[str, float]:
     """Grades a completion.
