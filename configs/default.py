@@ -53,6 +53,12 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       'max_prompt_length': 512,  # tokens; a longer prompt is an error
       'max_completion_length': 2048,  # tokens; what reaches it is truncated
       'temperature': 1.0,
+      # Completions that are decoded at once, on all devices together; 0 = as
+      # many as `cache_share` of each device's memory holds at full length.
+      'num_slots': 0,
+      'cache_share': 0.3,
+      'dtype': '',  # of the sampler's weights and arithmetic; '' = the model's
+      'cache_dtype': '',  # of keys and values; '' = the sampler's | 'int8'
       # 'chat' for the tokenizer's own template, else a text with {question}.
       'template': 'chat',
   })
@@ -75,6 +81,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       'clip_high': 0.2,
       'kl_coef': 0.0,  # weight of k3 against the policy at the stage's start
       'aggregate': 'sequence',  # 'sequence' | 'token' | 'constant'
+      # A token's loss times min(π / π_sampler, cap): the sampler's numerics
+      # are its own, see policy/sampler_ratio_*. 2 is usual; 0 = off.
+      'importance_cap': 0.0,
   })
   config.optimizer = ml_collections.ConfigDict({
       'learning_rate': 1e-6,

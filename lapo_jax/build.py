@@ -144,11 +144,18 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
 
   # The programs; XLA compiles each when its first shapes arrive.
   sampler_shardings = sharding.for_sampling(param_shardings)
+  sampler_model = model.clone(
+      dtype=jnp.dtype(config.rollout.dtype or model.dtype))
   make_sample = functools.partial(
-      sampling.make_sample_fn, model, eos_ids=tokenizer.eos_ids,
+      sampling.make_sample_fn, sampler_model, eos_ids=tokenizer.eos_ids,
       pad_id=tokenizer.pad_id,
+      num_slots=_num_slots(config, sampler_model, mesh),
+      cache_dtype=config.rollout.cache_dtype,
       max_completion_length=config.rollout.max_completion_length,
       shardings=(sampler_shardings, prompt_shardings, batch))
+  # Weights as the sampler reads them, once for all its steps.
+  to_sampler = lambda params: jax.tree.map(
+      lambda x: x.astype(sampler_model.dtype), params)
   forward = {'temperature': config.rollout.temperature,
              'microbatch_size': config.updates.microbatch_size}
   make_batch = grpo.make_batch_fn(config.loss.aggregate, shardings=batch)
@@ -157,7 +164,8 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   update = grpo.make_update_fn(
       model, optimizer, shardings=(state_shardings, batch),
       clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-      kl_coef=config.loss.kl_coef, **forward)
+      kl_coef=config.loss.kl_coef,
+      importance_cap=config.loss.importance_cap, **forward)
   group = lambda found: {name: ops.to_groups(x, config.rollout.group_size)
                          for name, x in found.items()}
   place = lambda f, to: jax.jit(f, in_shardings=(param_shardings,),
@@ -176,7 +184,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       make_batch=make_batch, split=grpo.make_split_fn(batch), score=score,
       update=update, make_evaluate=make_evaluate,
       evaluate=make_evaluate(eval_task),
-      to_sampler=place(lambda params: params, sampler_shardings),
+      to_sampler=place(to_sampler, sampler_shardings),
       load_params=lambda: family.load(config.model.path, model,
                                       param_shardings),
       init_opt_state=place(optimizer.init, opt_shardings),
@@ -207,6 +215,26 @@ def key(seed: int, stream: str, step: int) -> jax.Array:
   """The random key of a stream at a step; nothing is stored or split."""
   root = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
   return jax.random.fold_in(root, step)
+
+
+def _num_slots(config: ml_collections.ConfigDict, model: Any,
+               mesh: jax.sharding.Mesh) -> int:
+  """Decode slots on all devices: as asked, or what memory holds."""
+  settings = config.rollout
+  if settings.num_slots:
+    return settings.num_slots
+  memory = sharding.device_memory(mesh)
+  fits = mesh.size * sampling.slots_that_fit(
+      model, cache_dtype=settings.cache_dtype,
+      max_completion_length=settings.max_completion_length,
+      max_prompt_length=settings.max_prompt_length,
+      memory=int(settings.cache_share * memory))
+  asked = settings.num_prompts * settings.group_size
+  logging.info(
+      'rollout.num_slots: %d of %d completions are decoded at once; %d fit '
+      'into %.2g of the %.3g GB of each of %d devices.', min(fits, asked),
+      asked, fits, settings.cache_share, memory / 1e9, mesh.size)
+  return fits
 
 
 def _make_tasks(config: ml_collections.ConfigDict, settings: dict[str, Any]

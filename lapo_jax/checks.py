@@ -18,13 +18,28 @@ from lapo_jax import advantages, losses, types
 
 
 def choices(config: ml_collections.ConfigDict) -> None:
-  """Checks words that otherwise only a program would read."""
+  """Checks words and numbers that otherwise only a program would read."""
   for key, legal in (('advantage.baseline', advantages.BASELINES),
                      ('advantage.scale', advantages.SCALES),
                      ('advantage.whiten', advantages.WHITENINGS),
                      ('loss.aggregate', losses.AGGREGATES)):
     if config[key] not in legal:
       raise ValueError(f'{key} {config[key]!r}: expected one of {legal}.')
+  for key, legal in (('dtype', ('', 'float32', 'bfloat16')),
+                     ('cache_dtype', ('', 'float32', 'bfloat16', 'int8'))):
+    if config.rollout[key] not in legal:
+      raise ValueError(f'rollout.{key} {config.rollout[key]!r}: expected one '
+                       f'of {legal}.')
+  if config.rollout.num_slots < 0:
+    raise ValueError(f'rollout.num_slots {config.rollout.num_slots}: expected '
+                     'a number of completions, or 0 for what fits.')
+  if not 0 < config.rollout.cache_share < 1:
+    raise ValueError(f'rollout.cache_share {config.rollout.cache_share}: '
+                     'expected a share of the memory, such as 0.3.')
+  cap = config.loss.importance_cap
+  if not cap >= 0:  # NaN too
+    raise ValueError(f'loss.importance_cap {cap}: expected a positive bound '
+                     'of the importance weights, such as 2, or 0 for none.')
 
 
 def batches(config: ml_collections.ConfigDict, parts: int) -> None:

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group Relative Policy Optimization: scoring and the sharded update.
 
-  L = Σ_bt w_bt · ( −min(ρA, clip(ρ, 1−ε₋, 1+ε₊)A) + β · k3 ),
+  L = Σ_bt w_bt · ( −v·min(ρA, clip(ρ, 1−ε₋, 1+ε₊)A) + β · k3 ),
   ρ = exp(logπ − logπ_old),   Σ w = 1                      (arXiv:2402.03300)
 
 The weights w exist before the batch is cut, so the gradients of microbatches
-simply add: neither their size nor the number of devices changes the sum.
+simply add: neither their size nor the number of devices changes the sum. v is
+1, or what `losses.importance_weights` gives a token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+import numpy as np
 import optax
 
 from lapo_jax import losses, ops, types
+
+# A token counts as outside where π_old / π_sampler leaves these bounds.
+_RATIO_BOUNDS = (0.8, 1.25)
+# Averages over tokens, each counting the same; others are loss-weighted.
+_PER_TOKEN = ('policy/sampler_ratio_mean', 'policy/sampler_ratio_outside')
 
 
 def make_batch_fn(aggregate: str, shardings: Any = None) -> Callable:
@@ -85,7 +92,7 @@ def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
 def make_update_fn(
     model: Any, optimizer: optax.GradientTransformation, *,
     temperature: float, microbatch_size: int, clip_low: float = 0.2,
-    clip_high: float = 0.2, kl_coef: float = 0.0,
+    clip_high: float = 0.2, kl_coef: float = 0.0, importance_cap: float = 0.0,
     shardings: tuple[Any, Any] | None = None) -> Callable:
   """A jitted `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
 
@@ -102,11 +109,15 @@ def make_update_fn(
     clip_low: ε₋, the ratio is clipped below at 1 − ε₋.
     clip_high: ε₊, and above at 1 + ε₊.
     kl_coef: β, weight of the k3 divergence from the reference policy.
+    importance_cap: of `losses.importance_weights`; 0 = no such weights.
     shardings: of the state and of the batch; None on one device.
 
   Returns:
     The update. Its metrics are float32 []: update/{loss, grad_norm},
-    policy/{entropy, clip_fraction, kl, sampler_kl}, entropy in nats a token.
+    policy/{entropy, clip_fraction, kl, sampler_kl}, entropy in nats a token,
+    and over the trained tokens, whose number is update/tokens, int32 []:
+    policy/sampler_ratio_{mean, max, outside} of π_old / π_sampler, the last
+    the share of tokens outside [0.8, 1.25]. `merge` joins several updates'.
   """
   # A frozen reference costs memory and a forward pass: only if it counts.
   use_reference = kl_coef > 0
@@ -120,6 +131,11 @@ def make_update_fn(
     clips = {'clip_low': clip_low, 'clip_high': clip_high}
     per_token = losses.clipped_surrogate(
         logprobs, old_logprobs, part.advantages, mask, **clips)
+    # Against the policy that sampled, whatever was learned since.
+    sampler_logprobs = part.rollout.sampler_logprobs
+    if importance_cap:
+      per_token = per_token * losses.importance_weights(
+          old_logprobs, sampler_logprobs, mask, cap=importance_cap)
     kl = jnp.zeros_like(per_token)
     if use_reference:
       kl = losses.k3_kl(logprobs, part.ref_logprobs, mask)
@@ -127,32 +143,38 @@ def make_update_fn(
     clipped = losses.is_clipped(
         logprobs, old_logprobs, part.advantages, mask, **clips)
     average = lambda x: jnp.sum(part.weights * x)
-    # Against the policy that sampled, whatever was learned since.
-    sampler_kl = losses.k3_kl(part.rollout.sampler_logprobs, old_logprobs,
-                              mask)
-    return average(per_token), {
+    sampler_kl = losses.k3_kl(sampler_logprobs, old_logprobs, mask)
+    ratio_sums, ratio_max = _ratios(old_logprobs, sampler_logprobs, mask)
+    return average(per_token), ({
         'update/loss': average(per_token),
         'policy/entropy': average(entropies),
         'policy/clip_fraction': average(clipped),
         'policy/kl': average(kl),
         'policy/sampler_kl': average(sampler_kl),
-    }
+        **ratio_sums,
+    }, ratio_max)
 
   def update(state: types.TrainState,
              batch: types.Batch | tuple[types.Batch, ...]):
     gradient = jax.grad(loss_fn, has_aux=True)
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+      grads, (sums, ratio_max) = gradient(state.params, part)
+      return jax.tree.map(jnp.add, total, (grads, sums)), ratio_max
 
     parts = batch if isinstance(batch, tuple) else (batch,)
     cuts = [_cut(part, microbatch_size) for part in parts]
     first = jax.tree.map(lambda x: x[0], cuts[0])
-    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                         jax.eval_shape(gradient, state.params, first))
+    grads, (sums, _) = jax.eval_shape(gradient, state.params, first)
+    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+    ratio_max = []
     for cut in cuts:
-      total, _ = jax.lax.scan(add, total, cut)
+      total, found = jax.lax.scan(add, total, cut)
+      ratio_max.append(jnp.max(found))
     grads, metrics = total
+    tokens = jnp.maximum(metrics['update/tokens'], 1)
+    metrics |= {name: metrics[name] / tokens for name in _PER_TOKEN}
+    metrics['policy/sampler_ratio_max'] = jnp.max(jnp.stack(ratio_max))
 
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['update/loss'])
@@ -170,6 +192,23 @@ def make_update_fn(
   state, batch = shardings
   return jax.jit(update, in_shardings=shardings, out_shardings=(state, None),
                  donate_argnums=0)
+
+
+def merge(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The metrics of a step from those of its updates, without update/tokens.
+
+  Means over the updates; of policy/sampler_ratio_* the maximum, or what the
+  tokens of all updates have together, however many each update trained.
+  """
+  updates = jax.device_get(list(updates))
+  columns = {name: np.array([found[name] for found in updates], np.float64)
+             for name in updates[0]}
+  tokens = columns.pop('update/tokens')
+  shares = tokens / max(tokens.sum(), 1)
+  merged = {name: values.mean() for name, values in columns.items()}
+  merged |= {name: np.sum(shares * columns[name]) for name in _PER_TOKEN}
+  merged['policy/sampler_ratio_max'] = columns['policy/sampler_ratio_max'].max()
+  return {name: float(value) for name, value in merged.items()}
 
 
 def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
@@ -219,6 +258,24 @@ def _forward(model: Any, params: Any, rollout: types.Rollout,
   entropies = jax.lax.stop_gradient(entropies)
   keep = rollout.completion_mask
   return jnp.where(keep, chosen, 0.0), jnp.where(keep, entropies, 0.0)
+
+
+def _ratios(
+    old_logprobs: Float[Array, 'B T'], sampler_logprobs: Float[Array, 'B T'],
+    mask: Bool[Array, 'B T'],
+) -> tuple[dict[str, Array], Float[Array, '']]:
+  """What π_old / π_sampler is, summed over the tokens, and its maximum.
+
+  Sums, since those of microbatches add; without any token all are 0.
+  """
+  ratio = losses.importance_weights(old_logprobs, sampler_logprobs, mask)
+  low, high = _RATIO_BOUNDS
+  outside = mask & ((ratio < low) | (ratio > high))
+  return {
+      'policy/sampler_ratio_mean': jnp.sum(ratio),
+      'policy/sampler_ratio_outside': jnp.sum(outside, dtype=jnp.int32),
+      'update/tokens': jnp.sum(mask, dtype=jnp.int32),
+  }, jnp.max(ratio)
 
 
 def _crop(batch: types.Batch, slots: int) -> types.Batch:

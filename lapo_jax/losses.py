@@ -5,7 +5,7 @@ The loss of a batch is `sum(weights * per_token)` with `token_weights` of the
 whole minibatch, made before it is cut: gradients of microbatches then simply
 add, and nothing depends on padding or on the number of devices.
 
-  per_token = clipped_surrogate(…) + kl_coef · k3_kl(…)
+  per_token = importance_weights(…) · clipped_surrogate(…) + kl_coef · k3_kl(…)
 
 The penalty is added: the loss is minimised. Padding may hold anything. It is
 replaced *before* the exponential, since a derivative through `where` alone is
@@ -71,6 +71,35 @@ def is_clipped(
   above = (advantages > 0) & (ratio > 1.0 + clip_high)
   below = (advantages < 0) & (ratio < 1.0 - clip_low)
   return mask & (above | below)
+
+
+@jax.jit
+def importance_weights(
+    old_logprobs: Float[Array, 'B T'],
+    sampler_logprobs: Float[Array, 'B T'],
+    mask: Bool[Array, 'B T'],
+    *,
+    cap: ScalarLike = jnp.inf,
+) -> Float[Array, 'B T']:
+  """Truncated importance sampling: makes up for the sampler's own numerics.
+
+  vₜ = min(π_oldₜ / π_samplerₜ, cap),   0 on padding
+
+  π_old and π_sampler are one policy, computed by the trainer and by the
+  sampler. vₜ multiplies the surrogate of a token as a constant, no gradient
+  passes; the penalty `k3_kl` is added after it, unweighted, as TRL 1.16 does.
+
+  https://fengyao.notion.site/off-policy-rl (Yao et al., 2025)
+
+  Args:
+    old_logprobs: of the policy at the start of the step, by the trainer.
+    sampler_logprobs: of the same policy, as sampled.
+    mask: true on the tokens that are trained.
+    cap: C, bounds the variance; ∞ truncates nothing.
+  """
+  ratio = jnp.exp(_log_ratio(old_logprobs, sampler_logprobs, mask))
+  weights = jnp.where(mask, jnp.minimum(ratio, cap), 0.0)
+  return jax.lax.stop_gradient(weights)
 
 
 @jax.jit

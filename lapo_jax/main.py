@@ -9,12 +9,14 @@
 
 import functools
 import logging as python_logging
+import os
 import pathlib
 import re
 import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 from ml_collections import config_flags
 
@@ -31,6 +33,8 @@ _OUT = flags.DEFINE_string(
 # A plug-in's name decides which other keys its section has.
 _NAME_FLAG = re.compile(r'--config\.(model|task|reward)\.name=(.*)')
 _NEEDS_VALUE = re.compile(r'--config(\.(model|task|reward)\.name)?')
+# In seconds; a program that compiles faster is not worth a file.
+_MIN_COMPILE_TIME = 0.5
 
 
 def run() -> None:
@@ -72,10 +76,7 @@ def main(argv: list[str]) -> None:
   # Below a warning it lists the accelerators that this machine lacks.
   python_logging.getLogger('jax').setLevel('WARNING')
   _check_flags()
-  if not jax.config.jax_compilation_cache_dir:
-    # A run that goes on, or the next one, need not compile again.
-    jax.config.update('jax_compilation_cache_dir', str(
-        pathlib.Path.home() / '.cache' / 'lapo_jax' / 'programs'))
+  cache, trouble = _keep_programs()
   # What is wrong with the request shows in the first half, before any compute.
   try:
     if _MODE.value == 'export':
@@ -90,6 +91,12 @@ def main(argv: list[str]) -> None:
           _WORKDIR.value)
   except (ValueError, OSError, checkpoint.DamagedError) as error:
     _stop(error)
+  # Not before: a request that is refused is told that in one line.
+  if trouble:
+    logging.warning('Compiled programs are not kept: %s',
+                    ' '.join(str(trouble).split()))
+  else:
+    logging.info('Compiled programs: %s', cache or 'not kept, as asked.')
   try:
     work()
   except (train.TrainingError, checkpoint.DamagedError) as error:
@@ -109,6 +116,42 @@ def _check_flags() -> None:
                        '--workdir=runs/eval'}
     _stop(f'expected {example[_MODE.value]}'
           f'{" and no --out" if _OUT.value else ""}')
+
+
+def _keep_programs() -> tuple[str | None, Exception | None]:
+  """Lets JAX keep compiled programs, for a run that goes on and for the next.
+
+  The folder is that of JAX_COMPILATION_CACHE_DIR, none if that is empty, or
+  else lapo_jax/xla in the user's cache. Several processes may share it: JAX
+  compiles what it cannot read.
+
+  Returns:
+    The folder, None without; and what is wrong with it, if anything is.
+  """
+  folder, trouble = jax.config.jax_compilation_cache_dir, None
+  try:
+    if folder is None:
+      home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+      folder = str(pathlib.Path(home) / 'lapo_jax' / 'xla')
+    if folder:
+      _try_writing(epath.Path(folder))
+  except Exception as error:  # whatever the client of a bucket raises, too
+    folder, trouble = None, error
+  # JAX reads '' as a folder here and there.
+  jax.config.update('jax_compilation_cache_dir', folder or None)
+  name = 'jax_persistent_cache_min_compile_time_secs'
+  if name.upper() not in os.environ:
+    jax.config.update(name, _MIN_COMPILE_TIME)
+  return folder or None, trouble
+
+
+def _try_writing(folder: epath.Path) -> None:
+  """Raises the OSError that would stop JAX from writing into the folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  probe = folder / f'.{os.getpid()}'
+  probe.write_text('')
+  # Missing where another host's process has the same number.
+  probe.unlink(missing_ok=True)
 
 
 def _stop(reason: Exception | str) -> NoReturn:

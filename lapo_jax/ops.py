@@ -5,6 +5,8 @@ Masks are bool, true = real. A masked statistic equals the statistic of the
 subset, and an empty subset gives 0, never NaN, in value and gradient.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, ScalarLike
@@ -82,6 +84,15 @@ def token_logprobs(logits: Float[Array, '*A V'],
   logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def is_any_of(tokens: Int[Array, '*A'],
+              ids: Sequence[int]) -> Bool[Array, '*A']:
+  """Whether each token is one of a few ids; of none, never."""
+  found = jnp.zeros(tokens.shape, bool)
+  for i in ids:
+    found |= tokens == i
+  return found
 
 
 def bucket(length: int, cap: int) -> int:

@@ -1,84 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling groups of completions with a KV cache.
+"""Sampling groups of completions in decode slots that are refilled.
 
 Each prompt is prefilled once; its keys and values serve its G completions.
-Decoding writes one token a step until every completion has stopped, in
-stretches over which the cache is fixed. At the start of a stretch the cache
-grows by what the stretch needs, and every 64 steps rows that have stopped are
-left out: the cost of a step follows the live lengths and the live rows rather
-than the cap and the batch.
+The P·G completions queue for a fixed number of slots. A step draws a token
+for every slot and runs the model on it; a slot whose completion has ended
+takes the next of the queue on device, before the next step. Keys and values
+lie in pages (`paging`), so that a step costs what is live, not the cap.
+
+The host looks in every few dozen steps: it finds room for more pages, brings
+in the pages of the next prompts, and, once the queue is empty, goes on with
+fewer slots (`slots`). Data shards have a queue each and share no step.
 
 A completion is a function of (parameters, prompt, key, its number b, …):
-its randomness is fold_in(fold_in(key, b), t), so neither batch mates nor the
-mesh change it.
-
-Top-p and top-k are for evaluation. Training leaves them alone: a truncated
-support biases the ratio of policies (trl#6789).
+its randomness is fold_in(fold_in(key, b), t), so neither its slot nor batch
+mates, refills or the mesh change it.
 """
 
 from collections.abc import Callable, Sequence
-import itertools
-from typing import Any
+import functools
+import math
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
 import numpy as np
 
-from lapo_jax import ops, types
+from lapo_jax import decoding, draws, paging, sharding, slots, types
 
-# Steps after which stopped rows are left out, and the shortest stretch.
-_STRETCH = 64
-# Decoded are this share of the rows, the least that holds the live ones.
-_SHARES = (1 / 8, 3 / 8, 1)
-
-
-# Temperature, top_p and top_k.
-_How = tuple[Array, Array, Array]
+# Tokens whose keys and values lie together.
+PAGE = 64
+# Prompt tokens that are prefilled in one call, about.
+_PREFILL_TOKENS = 4096
 
 
-@flax.struct.dataclass
-class _State:
-  """What one decoding step passes to the next; B rows, t tokens written.
+class Progress(NamedTuple):
+  """What `watch` is told.
 
   Attributes:
-    t: int32 [], the completion slot to be written next.
-    done: bool [B], the row has written a stop token.
-    logits: float32 [B, V], for slot t.
-    lengths: int32 [B], tokens written through the stop token.
-    tokens: int32 [B, T].
-    logprobs: float32 [B, T].
-    cache: KVCache of the prompt and the first t tokens.
-    keys: random keys [B], one a completion.
-    prompt_mask: bool [B, L].
+    finished: completions that have ended since the last time, row numbers.
+    read: `() -> (rows, tokens [n, T], lengths [n])`, those of them that this
+      host holds.
+    num_slots: slots decoded at once, in all data shards.
+    steps: decoding steps so far, summed over data shards.
+    busy: slots that drew a token in them, summed likewise.
+    waiting: completions that have not begun.
+    cache_bytes: of the keys and values, completions' and ready prompts'.
   """
 
-  t: jax.Array
-  done: jax.Array
-  logits: jax.Array
-  lengths: jax.Array
-  tokens: jax.Array
-  logprobs: jax.Array
-  cache: Any
-  keys: jax.Array
-  prompt_mask: jax.Array
+  finished: np.ndarray
+  read: Callable
+  num_slots: int
+  steps: int
+  busy: int
+  waiting: int
+  cache_bytes: int
 
-  def take(self, rows: Array) -> '_State':
-    """The state of some rows."""
-    return jax.tree.map(lambda x: x[rows] if x.ndim else x, self)
 
-  def put(self, rows: Array, part: '_State') -> '_State':
-    """The state after some rows have gone on by themselves."""
-    return jax.tree.map(lambda x, y: x.at[rows].set(y) if x.ndim else y,
-                        self, part)
+class _Programs(NamedTuple):
+  """The compiled programs; each runs on all data shards side by side."""
+
+  begin: Callable
+  first_store: Callable
+  first_state: Callable
+  prefill: Callable
+  bring: Callable
+  relay: Callable
+  decode: Callable
+  view: Callable
+  read: Callable
+  end: Callable
 
 
 def make_sample_fn(
     model: Any, *, group_size: int, max_completion_length: int,
-    eos_ids: Sequence[int], pad_id: int,
+    eos_ids: Sequence[int], pad_id: int, num_slots: int | None = None,
+    cache_dtype: Any = '',
     shardings: tuple[Any, Any, Any] | None = None) -> Callable:
-  """`(params, prompts, key, temperature, top_p=1.0, top_k=0) -> Rollout`.
+  """`(params, prompts, key, temperature, top_p, top_k, budgets) -> Rollout`.
 
   Args:
     model: a model family's module.
@@ -87,208 +87,212 @@ def make_sample_fn(
       a stop token is truncated.
     eos_ids: the stop tokens; the one that is sampled belongs to the row.
     pad_id: fills what follows it.
+    num_slots: completions that are decoded at once, in all data shards
+      together; None = all of them.
+    cache_dtype: of keys and values; '' = the model's. 'int8' has a scale
+      for each token and head.
     shardings: of params, of `types.Prompts` and of the batch; None on one
       device.
 
   Returns:
-    The sampler, one compiled program for each shape of prompts: the three
-    numbers are traced. `temperature` 0 is greedy. Of each step's tokens the
-    `top_k` likeliest stay, 0 = all; of these the fewest whose mass reaches
-    the share `top_p`, 1 = all. `key` is one for all completions, or an array
-    of B keys. The log-probs are those of softmax(logits / temperature), of
-    softmax(logits) when greedy, never of the truncated distribution.
+    The sampler. `temperature` (0 is greedy), `top_p` (default 1), `top_k`
+    (default 0 = all) and `budgets` (tokens at most, default T) are numbers or
+    arrays [B], traced, see `draws.How`. `key` is one for all completions, or
+    an array of B keys. The log-probs are those of softmax(logits /
+    temperature), of softmax(logits) when greedy, never of a truncated
+    distribution. An empty prompt reads as its last slot, the pad token.
+    `watch`, the last argument, is called with a `Progress` whenever the host
+    has looked in.
   """
-  eos = jnp.asarray(eos_ids, jnp.int32)
-  # To leave out rows is to move rows: between devices that costs too much.
-  parts = 1 if shardings is None else shardings[2].num_devices
+  cap = max_completion_length
+  dtype = jnp.dtype(cache_dtype or model.dtype)
+  shards = 1
+  if shardings is not None:
+    mesh = shardings[2].mesh
+    shards = math.prod(mesh.shape[axis] for axis in shardings[2].spec[0])
+  programs = _make_programs(model, group_size, cap, tuple(eos_ids), pad_id,
+                            dtype, shardings, shards)
 
-  def step(params: Any, state: _State, how: _How) -> _State:
-    """Samples a token for every row and runs the model on it."""
-    tokens, logprobs = _sample_token(state.logits, state.keys, state.t, *how)
-    tokens = jnp.where(state.done, pad_id, tokens)
-    logprobs = jnp.where(state.done, 0.0, logprobs)
-    live = ~state.done
-    stopped = live & jnp.any(tokens[:, None] == eos[None], axis=1)
-    write = lambda into, column: jax.lax.dynamic_update_slice(
-        into, column[:, None].astype(into.dtype), (0, state.t))
-
-    prompt_slots = state.prompt_mask.shape[1]
-    slots = state.cache.keys[0].shape[2]
-    # A finished row sees no new keys; its outputs are never read.
-    lengths = state.lengths + live
-    key_mask = _key_mask(state.prompt_mask, lengths, slots)
-    positions = (jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) +
-                 state.t)
-    hidden, cache = model.apply(
-        {'params': params}, tokens[:, None], positions[:, None], key_mask,
-        state.cache.replace(index=prompt_slots + state.t))
-    logits = model.apply({'params': params}, hidden[:, 0], method='unembed')
-    return state.replace(
-        t=state.t + 1, done=state.done | stopped, logits=logits,
-        lengths=lengths, tokens=write(state.tokens, tokens),
-        logprobs=write(state.logprobs, logprobs), cache=cache)
-
-  def decode(params: Any, state: _State, how: _How,
-             end: int | Array) -> _State:
-    """Steps until every row has stopped or slot `end` is reached."""
-    return jax.lax.while_loop(
-        lambda s: ~jnp.all(s.done) & (s.t < end),
-        lambda s: step(params, s, how), state)
-
-  def decode_live(params: Any, state: _State, how: _How,
-                  end: int | Array) -> _State:
-    """`decode` of no more rows than it takes to hold the live ones."""
-    rows = state.done.shape[0]
-    sizes = sorted({max(1, int(share * rows)) for share in _SHARES})
-
-    def decode_some(size):
-      if size == rows:
-        return lambda: decode(params, state, how, end)
-      live = jnp.argsort(state.done, stable=True)[:size]
-      return lambda: state.put(
-          live, decode(params, state.take(live), how, end))
-
-    needed = jnp.searchsorted(jnp.array(sizes), jnp.sum(~state.done))
-    return jax.lax.switch(needed, [decode_some(size) for size in sizes])
-
-  def decode_stretch(params: Any, state: _State, how: _How, start: int,
-                     end: int) -> _State:
-    """Decodes a stretch; the cache has its slots."""
-    if not start or parts > 1:
-      return decode(params, state, how, end)
-    if end - start <= _STRETCH:
-      return decode_live(params, state, how, end)
-    return jax.lax.while_loop(
-        lambda s: ~jnp.all(s.done) & (s.t < end),
-        lambda s: decode_live(params, s, how,
-                              jnp.minimum(s.t + _STRETCH, end)), state)
+  place = lambda plan: _place(plan, None if shardings is None else shardings[2])
 
   def sample(params: Any, prompts: types.Prompts, key: Array,
-             *how: Array) -> types.Rollout:
+             temperature: Any, top_p: Any = 1.0, top_k: Any = 0,
+             budgets: Any = None,
+             watch: Callable | None = None) -> types.Rollout:
+    num_rows = prompts.tokens.shape[0] * group_size // shards
+    most = min(-(-(num_slots or num_rows * shards) // shards), num_rows)
+    prompts, job, kind, lengths = programs.begin(
+        prompts, key, temperature, top_p, top_k,
+        cap if budgets is None else budgets)
+    lengths = np.asarray(lengths).reshape(shards, -1)
+    pages = slots.make_store(lengths, PAGE)
+    store = programs.first_store(params, prompts, pages.size)
+    for rows, into in slots.prefill_batches(pages,
+                                            _PREFILL_TOKENS // PAGE):
+      store = programs.prefill(params, prompts, *place((rows, into)), store)
+
+    view = slots.first_view(shards, most, num_rows)
+    state = active = ready = None
+    done = False
+    while not done:
+      layout = slots.layout(view, num_rows, PAGE)
+      if state is None:
+        state = programs.first_state(store.hidden, most,
+                                     layout.pages.shape[1])
+      elif layout is not None:
+        state = programs.relay(place(layout), state)
+      fewer = layout is not None and layout.slots.size < view.row.size
+      found = slots.ready(view, ready, pages, group_size, num_rows, fewer)
+      if found is not None:
+        ready, active = found, programs.bring(store, place(found))
+      state = programs.decode(params, job, store.hidden, active, kind, state)
+      before = view
+      row, t, head, owner, counts = (np.asarray(x).reshape(shards, -1)
+                                     for x in programs.view(state))
+      view = slots.View(row, t, head[:, 0], owner)
+      if watch is not None:
+        finished = slots.finished(before, view, num_rows)
+        watch(Progress(
+            finished=np.concatenate([
+                rows + shard * num_rows
+                for shard, rows in enumerate(finished)]),
+            read=functools.partial(_read, programs.read, place, state,
+                                   finished, num_rows),
+            num_slots=view.row.size, steps=int(counts[:, 0].sum()),
+            busy=int(counts[:, 1].sum()),
+            waiting=int((num_rows - view.next).sum()),
+            cache_bytes=sum(x.nbytes for x in jax.tree.leaves(
+                (state.pages, active.pages)))))
+      done = np.all(view.next == num_rows) and np.all(view.row == num_rows)
+    return programs.end(prompts, state)
+
+  return sample
+
+
+def slots_that_fit(model: Any, *, max_completion_length: int,
+                   max_prompt_length: int, cache_dtype: Any,
+                   memory: int) -> int:
+  """Slots whose keys and values fit at full length, at least 1.
+
+  Args:
+    model: a model family's module.
+    max_completion_length: tokens.
+    max_prompt_length: tokens; a slot may be the only one of its prompt.
+    cache_dtype: as in `make_sample_fn`.
+    memory: bytes.
+  """
+  pages = (-(-max_completion_length // PAGE) + -(-max_prompt_length // PAGE))
+  slot = pages * PAGE * paging.token_bytes(
+      *model.cache_shape(), cache_dtype or model.dtype)
+  return max(1, memory // slot)
+
+
+def _place(plan: Any, batch: Any) -> Any:
+  """Numbers of all shards, each shard's on its devices; rows run on."""
+  flat = jax.tree.map(lambda x: np.asarray(x, np.int32).reshape(
+      -1, *x.shape[2:]), plan)
+  return flat if batch is None else sharding.to_global(flat, batch)
+
+
+def _read(read: Callable, place: Callable, state: decoding.State,
+          rows: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, ...]:
+  """Rows that have ended: (row numbers, tokens, lengths), this host's."""
+  width = slots.size(max(1, *map(len, rows)))
+  ids = np.full((len(rows), width), num_rows)
+  for shard, found in enumerate(rows):
+    ids[shard, :len(found)] = found
+  places, tokens = sharding.local_rows(read(state.tokens, place(ids)))
+  _, lengths = sharding.local_rows(read(state.lengths, place(ids)))
+  numbers = ids + num_rows * np.arange(len(rows))[:, None]
+  real = (ids < num_rows).reshape(-1)[places]
+  return tuple(x[real] for x in (numbers.reshape(-1)[places], tokens, lengths))
+
+
+def _make_programs(model: Any, group_size: int, cap: int,
+                   eos_ids: tuple[int, ...], pad_id: int, dtype: Any,
+                   shardings: Any, shards: int) -> _Programs:
+  """Compiles nothing yet: jit does, for each new set of shapes."""
+  if shardings is None or shardings[2].mesh.size == 1:
+    batch = whole = None
+    alone = True
+    # One device is a shard, and all there is.
+    spread = lambda f, cut, donate=(): jax.jit(f, donate_argnums=donate)
+  else:
+    batch = shardings[2]
+    mesh, axes = batch.mesh, batch.spec[0]
+    whole = sharding.replicated(mesh)
+    # Devices of a tensor axis talk to one another within a step: there, each
+    # shard makes the same number of steps.
+    alone = shards == mesh.size
+
+    def spread(f, cut, donate=()):
+      cut = tuple(PartitionSpec(axes) if one == 'c' else PartitionSpec()
+                  for one in cut)
+      return jax.jit(jax.shard_map(
+          f, mesh=mesh, in_specs=cut, out_specs=PartitionSpec(axes),
+          axis_names=set(axes), check_vma=False), donate_argnums=donate)
+
+  def begin(prompts, key, temperature, top_p, top_k, budgets):
     num_prompts, prompt_slots = prompts.tokens.shape
     rows = num_prompts * group_size
-    cap = max_completion_length
+    # An empty prompt reads as its last slot.
+    last = jnp.arange(prompt_slots)[None] == prompt_slots - 1
+    mask = prompts.mask | (last & ~jnp.any(prompts.mask, 1, keepdims=True))
     keys = key if key.ndim else jax.vmap(
         lambda b: jax.random.fold_in(key, b))(jnp.arange(rows))
-    logits, cache = _prefill(model, params, prompts)
-    widen = lambda x: jnp.repeat(x, group_size, axis=0)
-    prompts = jax.tree.map(widen, prompts)
-    state = _State(
-        t=jnp.int32(0), done=jnp.zeros(rows, bool), logits=widen(logits),
-        lengths=jnp.zeros(rows, jnp.int32),
-        tokens=jnp.full((rows, cap), pad_id, jnp.int32),
-        logprobs=jnp.zeros((rows, cap), jnp.float32),
-        cache=cache.repeat(group_size), keys=keys, prompt_mask=prompts.mask)
-    for start, end in itertools.pairwise(_stretches(cap)):
-      state = state.replace(cache=state.cache.grow(prompt_slots + end))
-      state = decode_stretch(params, state, how, start, end)
+    each = lambda x, dtype: jnp.broadcast_to(jnp.asarray(x, dtype), (rows,))
+    how = draws.How(each(temperature, jnp.float32), each(top_p, jnp.float32),
+                    each(top_k, jnp.int32))
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    job = decoding.Job(jax.random.key_data(keys), how,
+                       jnp.clip(each(budgets, jnp.int32), 1, cap), lengths)
+    return (prompts.tokens, mask), job, how.kind(), lengths
+
+  def first_store(params, prompts, num_pages):
+    shape = jax.eval_shape(
+        lambda params: model.apply(
+            {'params': params}, *jnp.zeros((2, 1, 1), jnp.int32),
+            cache=paging.Prefill(jnp.ones((1, 1), jnp.int32)))[0], params)
+    return decoding.Store(
+        jnp.zeros((prompts[0].shape[0], shape.shape[-1]), shape.dtype),
+        paging.empty(num_pages * shards, PAGE, model.cache_shape(), dtype))
+
+  def first_state(hidden, num_slots, num_pages):
+    num_rows = hidden.shape[0] * group_size
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    slots_, pages = num_slots * shards, num_pages * shards
+    return decoding.State(
+        row=zeros(slots_) + num_rows // shards, t=zeros(slots_),
+        page=zeros(slots_) + num_pages,
+        hidden=jnp.zeros((slots_, hidden.shape[1]), hidden.dtype),
+        next=zeros(shards), owner=zeros(pages) + num_slots, base=zeros(pages),
+        pages=paging.empty(pages, PAGE, model.cache_shape(), dtype),
+        tokens=zeros(num_rows, cap) + pad_id,
+        logprobs=jnp.zeros((num_rows, cap), jnp.float32),
+        lengths=zeros(num_rows), counts=zeros(shards, 2))
+
+  def relay(layout, state):
+    return decoding.relay(state.lengths.shape[0], layout, state)
+
+  def end(prompts, state):
     mask = jnp.arange(cap)[None] < state.lengths[:, None]
+    widen = lambda x: jnp.repeat(x, group_size, axis=0)
     return types.Rollout(
-        prompt_tokens=prompts.tokens, prompt_mask=prompts.mask,
+        prompt_tokens=widen(prompts[0]), prompt_mask=widen(prompts[1]),
         completion_tokens=state.tokens, completion_mask=mask,
         action_mask=mask, sampler_logprobs=state.logprobs)
 
-  if shardings is None:
-    program = jax.jit(sample)
-  else:
-    params, prompts, batch = shardings
-    program = jax.jit(sample, in_shardings=(params, prompts, *4 * [None]),
-                      out_shardings=batch)
-
-  def sampler(params: Any, prompts: types.Prompts, key: Array,
-              temperature: Any, top_p: Any = 1.0,
-              top_k: Any = 0) -> types.Rollout:
-    # jit admits no defaults beside in_shardings.
-    return program(params, prompts, key, temperature, np.float32(top_p),
-                   np.int32(top_k))
-
-  return sampler
-
-
-def _stretches(cap: int) -> list[int]:
-  """Where stretches meet: 0, 64, 128, 192, 256, 384, 512, 768, … and the cap.
-
-  Two an octave: a cap of 32,768 takes 18 stretches, each a program of its own,
-  and no step attends to more than half as many slots again as it needs.
-  """
-  found = [0]
-  while found[-1] < cap:
-    size = max(_STRETCH, 1 << max(found[-1].bit_length() - 2, 0))
-    found.append(min(found[-1] + size, cap))
-  return found
-
-
-def _prefill(model: Any, params: Any, prompts: types.Prompts) -> tuple:
-  """Logits after each prompt [P, V] and the cache that holds the prompts."""
-  rows, slots = prompts.tokens.shape
-  cache = model.init_cache(rows, slots)
-  hidden, cache = model.apply(
-      {'params': params}, prompts.tokens,
-      ops.positions_from_mask(prompts.mask), prompts.mask, cache)
-  # Left padding: the last prompt slot is every row's last real token.
-  logits = model.apply({'params': params}, hidden[:, -1], method='unembed')
-  return logits, cache
-
-
-def _key_mask(prompt_mask: Bool[Array, 'B L'], lengths: Int[Array, 'B'],
-              slots: int) -> Bool[Array, 'B C']:
-  """Real slots: the prompt's, and each row's tokens so far."""
-  completion_slots = slots - prompt_mask.shape[1]
-  written = jnp.arange(completion_slots)[None] < lengths[:, None]
-  return jnp.concatenate([prompt_mask, written], axis=1)
-
-
-def _sample_token(
-    logits: Float[Array, 'B V'], keys: Array, t: Int[Array, ''],
-    temperature: Float[Array, ''], top_p: Float[Array, ''],
-    top_k: Int[Array, ''],
-) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-  """Tokens and their log-probs at this temperature.
-
-  One uniform number a row against the cumulated probabilities: Gumbel noise
-  for a large vocabulary costs more than the rest of the step on a CPU.
-  """
-  greedy = temperature == 0
-  logprobs = jax.nn.log_softmax(
-      logits / jnp.where(greedy, 1.0, temperature), axis=-1)
-  draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(
-      keys)
-  # A branch, not a mask of all ones: sorting would cost more than the draw.
-  tokens = jax.lax.cond(
-      ~greedy & ((top_p < 1) | (top_k > 0)),
-      lambda: _draw_likeliest(logprobs, draws, top_p, top_k),
-      lambda: _draw(jnp.cumsum(jnp.exp(logprobs), axis=-1), draws))
-  tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), tokens)
-  tokens = tokens.astype(jnp.int32)
-  return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
-
-
-def _draw(cumulated: Float[Array, 'B V'],
-          draws: Float[Array, 'B']) -> Int[Array, 'B']:
-  """The entry of each row in whose share of the mass the draw falls."""
-  # Against the total, which float32 leaves a little beside 1.
-  thresholds = draws * cumulated[:, -1]
-  found = jnp.sum(cumulated <= thresholds[:, None], axis=-1, dtype=jnp.int32)
-  return jnp.minimum(found, cumulated.shape[1] - 1)
-
-
-def _draw_likeliest(
-    logprobs: Float[Array, 'B V'], draws: Float[Array, 'B'],
-    top_p: Float[Array, ''], top_k: Int[Array, ''],
-) -> Int[Array, 'B']:
-  """Draws from the top k, and of these from the nucleus of mass top_p.
-
-  The nucleus is the smallest set of likeliest tokens whose share of the mass
-  reaches top_p, the token that crosses it included (arXiv:1904.09751). Equal
-  tokens stay in the order of their ids.
-  """
-  order = jnp.argsort(-logprobs, axis=-1, stable=True)
-  masses = jnp.exp(jnp.take_along_axis(logprobs, order, axis=1))
-  rank = jnp.arange(masses.shape[1])[None]
-  masses = jnp.where((top_k <= 0) | (rank < top_k), masses, 0.0)
-  cumulated = jnp.cumsum(masses, axis=-1)
-  # Against the mass before a token: a token crosses where it starts below.
-  below = cumulated - masses < top_p * cumulated[:, -1:]
-  kept = (rank == 0) | (top_p >= 1) | below
-  places = _draw(jnp.cumsum(jnp.where(kept, masses, 0.0), axis=-1), draws)
-  return jnp.take_along_axis(order, places[:, None], axis=1)[:, 0]
+  return _Programs(
+      begin=jax.jit(begin, out_shardings=(batch, batch, whole, whole)),
+      first_store=jax.jit(first_store, static_argnums=2, out_shardings=batch),
+      first_state=jax.jit(first_state, static_argnums=(1, 2),
+                          out_shardings=batch),
+      prefill=spread(functools.partial(decoding.prefill, model), 'wcccc', (4,)),
+      bring=spread(decoding.bring, 'cc'),
+      relay=spread(relay, 'cc'),
+      decode=spread(functools.partial(decoding.decode, model, group_size,
+                                      eos_ids, alone), 'wcccwc', (5,)),
+      view=jax.jit(lambda state: (state.row, state.t, state.next, state.owner,
+                                  state.counts), out_shardings=whole),
+      read=spread(lambda values, rows: values.at[rows].get(mode='clip'), 'cc'),
+      end=jax.jit(end, out_shardings=batch))

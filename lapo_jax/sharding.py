@@ -10,6 +10,7 @@ or over the batch axes; everything shaped [P, G] is replicated.
 
 from collections.abc import Sequence
 import math
+import os
 import re
 from typing import Any
 
@@ -103,6 +104,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
   """Into how many parts a batch is cut."""
   return math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+
+
+def device_memory(mesh: Mesh) -> int:
+  """Bytes of memory that each of the mesh's devices has, the least of them.
+
+  A CPU's devices share the host's.
+  """
+  devices = [d for d in mesh.devices.flat if d.process_index ==
+             jax.process_index()]
+  stats = [d.memory_stats() for d in devices]
+  if all(s and 'bytes_limit' in s for s in stats):
+    return min(s['bytes_limit'] for s in stats)
+  return (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') //
+          len(devices))
 
 
 def to_global(tree: Any, shardings: Any) -> Any:

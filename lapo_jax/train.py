@@ -117,9 +117,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
           'a row; parameters are as before the first. Lower '
           'optimizer.learning_rate, or look at the samples of these steps.')
     bar.update()
-    update_metrics = {
-        name: np.mean([float(found[name]) for found in updates])
-        for name in updates[0]} | {'update/nonfinite': nonfinite}
+    update_metrics = grpo.merge(updates) | {'update/nonfinite': nonfinite}
     _log(run, writer, step, last_step,
          metrics.summary(outcomes, rewards, advantages, update_metrics, timer),
          lambda: _samples(graded, examples, rewards))  # noqa: B023

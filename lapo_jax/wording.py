@@ -82,6 +82,13 @@ def explain(scalars: Mapping[str, float], completions: int,
         f'mostly {words[0]} ({correct:.0%} correct): correctness teaches '
         f'nothing there. The task is too {words[1]} for this model; try '
         f'{words[2]} problems or a larger rollout.group_size.')
+  outside = scalars.get('policy/sampler_ratio_outside', 0.0)
+  if outside > 0.01:
+    lines.append(
+        f'For {outside:.1%} of the tokens the sampler and the trainer disagree '
+        'on the probability by more than a fifth: what is learned from was '
+        'sampled by a slightly other policy. loss.importance_cap=2 makes up '
+        'for it.')
   norm = scalars.get('update/grad_norm', 0.0)
   if norm > 0 and abs(scalars.get('update/loss', math.inf)) < 1e-3:
     lines.append(

@@ -30,12 +30,15 @@ def make_rollout(lengths=LENGTHS, slots=T):
   completions = rng.integers(0, VOCAB, (len(lengths), T)).astype(np.int32)
   completions = np.pad(completions, ((0, 0), (0, slots - T)),
                        constant_values=VOCAB - 1)
+  # About what the tiny model gives: some are nearer to it than others.
+  sampler_logprobs = np.pad(rng.normal(-4.2, 0.3, (len(lengths), T)),
+                            ((0, 0), (0, slots - T)))
   mask = np.arange(slots) < np.asarray(lengths)[:, None]
   return types.Rollout(
       prompt_tokens=prompts,
       prompt_mask=np.arange(L) >= L - prompt_lengths[:, None],
       completion_tokens=completions, completion_mask=mask, action_mask=mask,
-      sampler_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32))
+      sampler_logprobs=np.where(mask, sampler_logprobs, 0.0).astype(np.float32))
 
 
 def make_batch(rollout=None, aggregate='sequence', advantages=ADVANTAGES):
@@ -63,6 +66,13 @@ def distance(a, b):
                                   for x in jax.tree.leaves(host(tree))))
   return norm(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - y,
                            host(a), host(b))) / norm(b)
+
+
+def assert_near(metrics, expected):
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    assert float(metrics[name]) == pytest.approx(
+        float(value), rel=1e-5, abs=1e-6), name
 
 
 def assert_same_bits(a, b):
@@ -173,7 +183,7 @@ def test_rescored_old_log_probs_are_as_good_as_none(score, params, gradient_of,
 def test_microbatches_add_up_to_the_whole(gradient_of, whole, size):
   gradient, metrics = gradient_of(make_batch(), microbatch_size=size)
   assert distance(gradient, whole[0]) < 1e-6
-  assert distance(metrics, whole[1]) < 1e-6
+  assert_near(metrics, whole[1])
 
 
 def test_scores_do_not_depend_on_the_microbatch(score, model, params):
@@ -214,7 +224,7 @@ def test_eight_devices_are_one(model, params, whole, axes, size):
       rollout, advantages, T)
   state, metrics = update(put(make_state(params), places[0]), batch)
   assert distance(state.opt_state, whole[0]) < 1e-6
-  assert distance(metrics, whole[1]) < 1e-6
+  assert_near(metrics, whole[1])
   for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places[0]),
                       strict=True):
     assert x.sharding.is_equivalent_to(place, x.ndim)
@@ -232,14 +242,14 @@ def test_rows_split_by_length_add_up_to_the_whole(gradient_of, whole):
   on_policy = tuple(part.replace(old_logprobs=None) for part in (short, long))
   gradient, metrics = gradient_of(on_policy, microbatch_size=8)
   assert distance(gradient, whole[0]) < 1e-6
-  assert distance(metrics, whole[1]) < 1e-6
+  assert_near(metrics, whole[1])
 
 
 def test_padding_up_to_t_equal_to_b_changes_nothing(gradient_of, whole):
   # Square arrays: [B] along the wrong axis would go unnoticed.
   gradient, metrics = gradient_of(make_batch(make_rollout(slots=B)))
   assert distance(gradient, whole[0]) < 1e-6
-  assert distance(metrics, whole[1]) < 1e-6
+  assert_near(metrics, whole[1])
 
 
 def test_forced_tokens_are_attended_but_not_trained(gradient_of, whole):
@@ -323,12 +333,17 @@ def table_batch(**fields):
                           **fields})
 
 
-def test_value_and_gradient_of_the_logits_are_torchs():
+@pytest.mark.parametrize('cap', [0.0, 1.1])
+def test_value_and_gradient_of_the_logits_are_torchs(cap):
   torch = pytest.importorskip('torch', reason='the oracle is torch')
   update = grpo.make_update_fn(
       Table(), CAPTURE, temperature=0.7, microbatch_size=B, clip_low=0.2,
-      clip_high=0.28, kl_coef=0.1)
+      clip_high=0.28, kl_coef=0.1, importance_cap=cap)
   batch = table_batch()
+  sampler_logprobs = np.random.default_rng(4).normal(
+      batch.old_logprobs, 0.2).astype(np.float32)
+  batch = batch.replace(rollout=batch.rollout.replace(
+      sampler_logprobs=jnp.asarray(sampler_logprobs)))
   state, metrics = update(make_state(table_params()), batch)
 
   tensor = lambda x: torch.tensor(np.asarray(x))
@@ -341,6 +356,10 @@ def test_value_and_gradient_of_the_logits_are_torchs():
   advantages = tensor(ADVANTAGES).reshape(B, 1)
   clipped = ratio.clamp(0.8, 1.28)
   surrogate = -torch.minimum(ratio * advantages, clipped * advantages)
+  # TRL's order: weighted by the sampler's gap first, then the penalty.
+  gap = (tensor(batch.old_logprobs) - tensor(sampler_logprobs)).exp()
+  if cap:
+    surrogate = surrogate * gap.clamp(max=cap)
   to_reference = tensor(batch.ref_logprobs) - chosen
   kl = to_reference.exp() - to_reference - 1
   average = lambda x: ((x * mask).sum(-1) / mask.sum(-1)).mean()
@@ -350,12 +369,34 @@ def test_value_and_gradient_of_the_logits_are_torchs():
   is_clipped = (((advantages > 0) & (ratio > 1.28)) |
                 ((advantages < 0) & (ratio < 0.8)))
   assert 0.05 < is_clipped.float().mean() < 0.6
+  outside = ((gap < 0.8) | (gap > 1.25))[mask].float()
+  assert 0.05 < outside.mean() < 0.6
   for name, want in (('update/loss', loss), ('policy/entropy', entropy),
                      ('policy/kl', average(kl)),
-                     ('policy/clip_fraction', average(is_clipped.float()))):
+                     ('policy/clip_fraction', average(is_clipped.float())),
+                     # Tokens count the same here, not completions.
+                     ('policy/sampler_ratio_mean', gap[mask].mean()),
+                     ('policy/sampler_ratio_max', gap[mask].max()),
+                     ('policy/sampler_ratio_outside', outside.mean()),
+                     ('update/tokens', mask.sum())):
     assert float(metrics[name]) == pytest.approx(want.item(), rel=1e-5), name
   np.testing.assert_allclose(state.opt_state['logits'], logits.grad.numpy(),
                              rtol=1e-4, atol=1e-7)
+
+
+def test_a_sampler_that_agrees_needs_no_correction():
+  batch = table_batch(ref_logprobs=None)
+  batch = batch.replace(rollout=batch.rollout.replace(
+      sampler_logprobs=batch.old_logprobs))
+  (plain, metrics), (capped, same) = (
+      grpo.make_update_fn(Table(), CAPTURE, temperature=0.7, microbatch_size=B,
+                          importance_cap=cap)(make_state(table_params()), batch)
+      for cap in (0.0, 1.0))
+  assert_same_bits(capped.opt_state, plain.opt_state)
+  assert_same_bits(same, metrics)
+  assert metrics['policy/sampler_ratio_mean'] == 1
+  assert metrics['policy/sampler_ratio_max'] == 1
+  assert metrics['policy/sampler_ratio_outside'] == 0
 
 
 def test_temperature_divides_the_logits():
@@ -466,6 +507,49 @@ def test_one_minibatch_is_the_batch_itself():
   assert len(parts) == 3
   for part, rows in parts:
     assert part is batch and rows == slice(None)
+
+
+def test_metrics_of_updates_are_merged_by_name():
+  names = ('update/loss', 'update/grad_norm', 'update/tokens',
+           'policy/sampler_ratio_mean', 'policy/sampler_ratio_max',
+           'policy/sampler_ratio_outside')
+  updates = [dict(zip(names, map(jnp.float32, values), strict=True))
+             for values in ((0.5, 1.0, 1, 2.0, 2.0, 1.0),
+                            (1.5, 2.0, 3, 1.0, 1.5, 0.0),
+                            (1.0, 0.0, 0, 0.0, 0.0, 0.0))]
+  assert grpo.merge(updates) == pytest.approx({
+      'update/loss': 1.0, 'update/grad_norm': 1.0,
+      'policy/sampler_ratio_mean': 1.25, 'policy/sampler_ratio_max': 2.0,
+      'policy/sampler_ratio_outside': 0.25})
+  # One update is itself, and one without a token is finite.
+  for update in updates:
+    merged = grpo.merge([update])
+    assert merged == {name: float(update[name]) for name in merged}
+
+
+def test_the_gap_to_the_sampler_is_that_of_the_start_of_the_step(
+    model, params, score):
+  batch = make_batch()
+  old = score(params, batch.rollout)
+  sgd = optax.sgd(1e-1)
+  update = grpo.make_update_fn(model, sgd, temperature=1.0, microbatch_size=4)
+  state, updates = make_state(params, sgd), []
+  for part, _ in grpo.minibatches(batch.replace(old_logprobs=old), 2, 4,
+                                  'sequence'):
+    state, found = update(state, part)
+    updates.append(found)
+  assert len({int(found['update/tokens']) for found in updates}) > 1
+  # Tokens count the same, whatever part they fell into.
+  mask = batch.rollout.action_mask
+  ratio = np.exp((np.asarray(old) - batch.rollout.sampler_logprobs)[mask])
+  merged = grpo.merge(updates)
+  assert merged['policy/sampler_ratio_mean'] == pytest.approx(
+      ratio.mean(), rel=1e-5)
+  assert merged['policy/sampler_ratio_max'] == pytest.approx(
+      ratio.max(), rel=1e-5)
+  assert merged['policy/sampler_ratio_outside'] == pytest.approx(
+      np.mean((ratio < 0.8) | (ratio > 1.25)), rel=1e-6)
+  assert 0.1 < merged['policy/sampler_ratio_outside'] < 0.9
 
 
 def test_a_minibatch_without_a_token_stays_finite():

@@ -20,8 +20,9 @@ _PLURALS = ('rewards', 'models', 'tasks')
 _FLOORS = (
     {'lapo_jax'},
     {'types', 'ops', 'sharding', 'plugins', 'tokenizer', 'checkpoint',
-     'wording', 'keywords', 'models/_'},
-    {'tasks/_', 'grading_worker'},
+     'wording', 'keywords', 'attention', 'draws', 'slots'},
+    {'models/_', 'tasks/_', 'paging', 'grading_worker'},
+    {'decoding'},
     {'metrics', 'grader', 'losses', 'advantages', 'sampling', 'supervised',
      'rewards', 'models', 'tasks'},
     {'rollout', 'grpo', 'report', 'export', 'workdir', 'protocol'},

@@ -84,6 +84,74 @@ def test_k3_is_never_negative_and_precise_near_zero():
   assert float(small[0, 0]) == pytest.approx(5.0167e-5, rel=1e-3)
 
 
+def test_importance_weights_by_hand():
+  sampler = jnp.array([[-1.0, -2.0, -3.0, -4.0, 9.0]])
+  # π_old / π_sampler is 1/2, 1, 3/2, 4; the last slot is padding.
+  old = sampler + jnp.log(jnp.array([[0.5, 1.0, 1.5, 4.0, 8.0]]))
+  mask = jnp.array([[True] * 4 + [False]])
+  for cap, expected in ((2.0, [0.5, 1.0, 1.5, 2.0, 0.0]),
+                        (1.0, [0.5, 1.0, 1.0, 1.0, 0.0]),
+                        (np.inf, [0.5, 1.0, 1.5, 4.0, 0.0])):
+    np.testing.assert_allclose(
+        losses.importance_weights(old, sampler, mask, cap=cap), [expected],
+        rtol=1e-6)
+  np.testing.assert_array_equal(
+      losses.importance_weights(old, sampler, mask),
+      losses.importance_weights(old, sampler, mask, cap=np.inf))
+
+
+@pytest.mark.parametrize('cap', [1.0, 2.0, np.inf])
+def test_a_sampler_that_agrees_weighs_exactly_one(batch, cap):
+  _, old, _, _, mask = batch
+  np.testing.assert_array_equal(
+      losses.importance_weights(old, old, mask, cap=cap), mask)
+
+
+def test_importance_weights_scale_the_gradient_and_have_none(batch):
+  logprobs, old, sampler, advantages, mask = batch
+
+  def loss(x, old, sampler, weighted):
+    per_token = losses.clipped_surrogate(x, old, advantages, mask)
+    if weighted:
+      per_token *= losses.importance_weights(old, sampler, mask, cap=1.5)
+    return per_token.sum()
+
+  plain = jax.grad(loss)(logprobs, old, sampler, False)
+  weighted, to_sampler = jax.grad(loss, argnums=(0, 2))(
+      logprobs, old, sampler, True)
+  weights = losses.importance_weights(old, sampler, mask, cap=1.5)
+  np.testing.assert_allclose(weighted, weights * plain, rtol=1e-6)
+  np.testing.assert_array_equal(to_sampler, 0.0)
+  assert np.any(weights != mask) and np.any(plain)
+  # On-policy π_old is π: its own gradient must not come in twice.
+  once = jax.grad(lambda x: losses.importance_weights(x, sampler, mask).sum())
+  np.testing.assert_array_equal(once(logprobs), 0.0)
+
+
+def test_importance_weights_correct_for_another_sampler():
+  rng = np.random.default_rng(3)
+  logits = jnp.asarray(rng.normal(size=6), jnp.float32)
+  policy = jax.nn.log_softmax(logits)[:, None]  # one token, each a row
+  sampler = jax.nn.log_softmax(logits + rng.normal(0, 0.5, 6))[:, None]
+  advantages = jnp.asarray(rng.normal(size=6), jnp.float32)
+  mask = jnp.ones((6, 1), bool)
+
+  def expected_gradient(drawn_from, **settings):
+    """Over all tokens, as often as the sampler draws them."""
+    def loss(x):
+      per_token = losses.clipped_surrogate(
+          jax.nn.log_softmax(x)[:, None], policy, advantages, mask)
+      per_token *= losses.importance_weights(policy, drawn_from, mask,
+                                             **settings)
+      return jnp.sum(jnp.exp(drawn_from) * per_token)
+    return jax.grad(loss)(logits)
+
+  right = expected_gradient(policy)
+  np.testing.assert_allclose(expected_gradient(sampler), right, atol=1e-6)
+  # The cap trades variance for a bias: less is corrected.
+  assert np.abs(expected_gradient(sampler, cap=1.0) - right).max() > 1e-2
+
+
 def test_gradients_are_those_of_torch(batch):
   torch = pytest.importorskip('torch')
   logprobs, old, ref, advantages, mask = batch
@@ -143,6 +211,9 @@ def test_padding_may_hold_anything(batch, filler, place):
   np.testing.assert_array_equal(gradient[~mask], 0.0)
   clipped = losses.is_clipped(logprobs, old, advantages, mask)
   assert not clipped[~mask].any()
+  with jax.debug_nans(True):
+    weights = losses.importance_weights(logprobs, old, mask, cap=2.0)
+  np.testing.assert_array_equal(weights[~mask], 0.0)
 
 
 def test_square_batches_broadcast_along_tokens():
@@ -240,5 +311,7 @@ def test_wrong_shapes_are_named_without_the_type_checker(unchecked):
     losses.clipped_surrogate(ones, ones, jnp.ones(3), mask)
   with pytest.raises(ValueError, match=r'\(2, 1\), \(2, 3\)'):
     losses.k3_kl(ones, jnp.ones((2, 1)), mask)
+  with pytest.raises(ValueError, match=r'\(2, 1\), \(2, 3\)'):
+    losses.importance_weights(ones, jnp.ones((2, 1)), mask)
   with pytest.raises(ValueError, match=r'rank 1 \(shape \(6,\)\)'):
     losses.token_weights(mask.reshape(-1))

@@ -34,8 +34,10 @@ def forget():
 
 
 @pytest.fixture(autouse=True)
-def restore(compile_cache):
+def restore(compile_cache, monkeypatch):
   """Flags and verbosity are the process's: as they were, for others."""
+  for name, value in compile_cache.items():  # a user may have set them
+    monkeypatch.setenv(name, value)
   level = logging.get_verbosity()
   yield
   forget()
@@ -128,6 +130,8 @@ def test_a_config_file_that_is_not_there(refused):
     ('rollout.group_size=1', 'group_size 1', ['at least 2']),
     ('mesh.tensor=3', "'tensor': 3", ['8 devices']),
     ('rollout.num_prompts=24', 'num_prompts 24', ['18']),
+    ('loss.importance_cap=-1', 'importance_cap -1', ['such as 2', '0 for']),
+    ('loss.importance_cap=nan', 'importance_cap nan', ['such as 2', '0 for']),
 ])
 def test_numbers_that_do_not_fit(refused, setting, got, legal):
   said = refused(f'--config.{setting}')
@@ -327,6 +331,106 @@ def test_one_line_in_a_process_of_its_own(model_folder, tmp_path):
   assert done.stderr.startswith('lapo_jax: rollout.group_size 1: expected')
   assert done.stderr.count('\n') == 1, done.stderr
   assert not (tmp_path / 'run').exists()
+
+
+_COMPILES = """
+import jax
+from lapo_jax import main, train
+
+found = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: found.append(event.rpartition('/')[2]))
+
+def work(runs, workdir):
+  jax.jit(lambda x: 2 * x + 1)(3.0)
+  print(found.count('cache_hits'), found.count('cache_misses'))
+
+train.prepare = lambda config, workdir: []
+train.train = work
+main.run()
+"""
+
+
+def test_a_second_run_finds_the_programs_of_the_first(tmp_path):
+  # No program is too quick or too small to be kept.
+  environment = {
+      **{name: value for name, value in os.environ.items()
+         if name != 'JAX_COMPILATION_CACHE_DIR'},
+      'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+  folder, kept = tmp_path / 'cache' / 'lapo_jax' / 'xla', []
+  for turn in range(2):
+    done = subprocess.run(
+        [sys.executable, '-c', _COMPILES, '--config=tests/toys/config.py',
+         f'--workdir={tmp_path / "run"}'],
+        cwd=_ROOT, env={**environment, 'PYTHONPATH': str(_ROOT / 'tests')},
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hits, misses = map(int, done.stdout.split())
+    assert (hits > 0, misses > 0) == ((False, True), (True, False))[turn]
+    assert done.stderr.count(str(folder)) == 1
+    kept.append(sorted(file.name for file in folder.iterdir()))
+  assert kept[0] == kept[1] and kept[0]
+
+
+@pytest.fixture
+def cache_is(monkeypatch):
+  """Sets JAX's folder, and the two variables that name the user's cache."""
+  names = ('jax_compilation_cache_dir',
+           'jax_persistent_cache_min_compile_time_secs')
+  old = {name: getattr(jax.config, name) for name in names}
+
+  def change(folder, home, cache=''):
+    jax.config.update('jax_compilation_cache_dir', folder)
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
+
+  yield change
+  for name, value in old.items():
+    jax.config.update(name, value)
+
+
+def test_where_compiled_programs_are_kept(cache_is, monkeypatch, tmp_path):
+  home, cache, mine = (tmp_path / name for name in ('home', 'cache', 'mine'))
+  for settings, folder in (
+      ((None, home), home / '.cache' / 'lapo_jax' / 'xla'),
+      ((None, home, cache), cache / 'lapo_jax' / 'xla'),
+      ((str(mine), home, cache), mine)):
+    cache_is(*settings)
+    assert main._keep_programs() == (str(folder), None)
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert not list(folder.iterdir())
+  shutil.rmtree(cache)
+  cache_is('', home, cache)  # as JAX has it: nowhere
+  assert main._keep_programs() == (None, None)
+  assert jax.config.jax_compilation_cache_dir is None
+  assert not cache.exists()
+  # What takes less is compiled again, unless the user says otherwise.
+  name = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+  for asked in ('5', None):
+    jax.config.update(name.lower(), 5.0)
+    monkeypatch.setenv(name, asked) if asked else monkeypatch.delenv(name)
+    main._keep_programs()
+    assert getattr(jax.config, name.lower()) == (5.0 if asked else 0.5)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    call, cache_is, monkeypatch, tmp_path):
+  (tmp_path / 'file').write_text('')
+  done, said = [], []
+  monkeypatch.setattr(train, 'train', lambda *_: done.append(
+      jax.config.jax_compilation_cache_dir))
+  monkeypatch.setattr(logging, 'warning', lambda form, *arguments: said.append(
+      form % arguments))
+  for settings in ((str(tmp_path / 'file'), tmp_path),
+                   (None, tmp_path / 'file')):
+    cache_is(*settings)
+    assert call()[0] in (0, None)
+  assert done == [None, None]
+  assert len(said) == 2
+  assert all('not kept' in line and str(tmp_path / 'file') in line
+             for line in said)
 
 
 def test_nothing_is_sampled_before_the_checks(refused, monkeypatch):

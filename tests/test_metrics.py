@@ -209,6 +209,14 @@ def test_explain_says_what_stands_out_and_nothing_else():
   assert 'mostly right' in line and 'too easy' in line
   line, = explain(0.5, 0.1, loss=-1e-6, grad_norm=0.25)
   assert 'normal' in line and 'grad_norm (0.25)' in line
+  # The sampler's own numerics are worth a word from 1 % of the tokens on.
+  for outside, lines in ((0.01, 0), (0.034, 1)):
+    found = wording.explain(
+        {'outcome/correct': 0.5, 'outcome/truncated': 0.0,
+         'advantage/zero_groups': 0.1,
+         'policy/sampler_ratio_outside': outside}, 256, 128)
+    assert len(found) == lines
+  assert '3.4%' in found[0] and 'loss.importance_cap=2' in found[0]
   # A gradient of zero is not normal, so the note would mislead.
   assert explain(0.5, 0.1, loss=0.0, grad_norm=0.0) == []
 

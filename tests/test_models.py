@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.real_models import cases
-from lapo_jax import ops, plugins, sampling, sharding, types
+from lapo_jax import attention, ops, plugins, sampling, sharding, types
 from lapo_jax.models import _configs, _folders, _layers, llama, qwen2, qwen3
 
 FAMILIES = {'qwen2': qwen2, 'qwen3': qwen3, 'llama': llama}
@@ -75,24 +75,25 @@ def test_every_parameter_has_a_partition_rule(name, tied):
                        {'layers_0': {'rogue': jnp.zeros(2)}}, mesh)
 
 
-def test_a_cache_changes_nothing(tiny_model, tiny_params):
+def test_attention_is_handed_to_the_cache_layer_by_layer(tiny_model,
+                                                         tiny_params):
+  class Seen(list):
+    """Attends as without a cache, and notes what it is given."""
+
+    def attend(self, queries, keys, values):
+      return (attention.causal(queries, keys, values, jnp.asarray(mask, jnp.int32)),
+              Seen([*self, (queries.shape, keys.shape, values.shape)]))
+
   tokens, mask = left_padded(LENGTHS, 11, 64)
+  hidden, seen = tiny_model.apply(
+      {'params': tiny_params}, *map(jnp.asarray, (tokens, positions_of(mask))),
+      cache=Seen())
+  layers, kv_heads, width = tiny_model.cache_shape()
+  key_shape = (3, 11, kv_heads, width)
+  assert seen == [((3, 11, tiny_model.num_heads, width), key_shape,
+                   key_shape)] * layers
+  logits = tiny_model.apply({'params': tiny_params}, hidden, method='unembed')
   want = forward(tiny_model, tiny_params, tokens, mask)
-  positions = positions_of(mask)
-  step = jax.jit(functools.partial(tiny_model.apply, {'params': tiny_params}))
-  # Five slots at once, then one by one into a cache with room to spare.
-  cache = tiny_model.init_cache(3, 5)
-  hidden, cache = step(tokens[:, :5], positions[:, :5], mask[:, :5], cache)
-  cache, found = cache.grow(16), [hidden]
-  room = np.pad(mask, ((0, 0), (0, 5)))
-  for slot in range(5, 11):
-    now = slice(slot, slot + 1)
-    key_mask = room & (np.arange(16) <= slot)
-    hidden, cache = step(tokens[:, now], positions[:, now], key_mask, cache)
-    found.append(hidden)
-    assert int(cache.index) == slot + 1
-  logits = tiny_model.apply({'params': tiny_params},
-                            jnp.concatenate(found, axis=1), method='unembed')
   np.testing.assert_allclose(logits[mask], want[mask], atol=1e-5)
 
 
@@ -122,14 +123,6 @@ def test_no_slot_sees_a_later_one(tiny_model, tiny_params):
   earlier = mask & (np.arange(11) < 8)
   np.testing.assert_array_equal(before[earlier], after[earlier])
   assert np.all(np.abs(before - after)[:, 8:].max(axis=-1) > 1e-3)
-
-
-def test_a_cache_of_other_rows_is_repeated_by_group():
-  cache = _layers.init_cache(2, 3, num_layers=1, num_kv_heads=1, head_dim=2,
-                             dtype=jnp.float32)
-  cache = cache.replace(keys=(cache.keys[0].at[1].set(1.0),))
-  rows = cache.repeat(3).keys[0][:, 0, 0, 0]
-  np.testing.assert_array_equal(rows, [0, 0, 0, 1, 1, 1])
 
 
 def test_bfloat16_stays_near_float32_and_gives_float32_logits(

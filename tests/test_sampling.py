@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from lapo_jax import grpo, ops, sampling, sharding, types
-from lapo_jax.models import _layers, qwen2
+from lapo_jax.models import qwen2
 
 P, G, L = 8, 2, 6
 # The pad token is a stop token, as in many tokenizers: masks that ask
 # `ids != pad` lose the stop.
 EOS, PAD = (1, 2), 1
-# One stretch of 64 and six tokens of the next.
+# Two pages of 32 tokens and six of the next.
 CAP, SHORT = 70, 20
 LENGTHS = np.array([6, 1, 4, 6, 2, 3, 5, 6])
 
@@ -213,24 +213,31 @@ def test_the_key_alone_decides(short_sampler, short_rollout, tiny_params):
 
 
 class Scripted:
-  """A model whose logits are a function of (tokens, positions, key_mask)."""
+  """A model whose logits are a function of (tokens, positions, seen).
+
+  `seen` is how many tokens attention finds, the new one included.
+  """
+
+  dtype = jnp.float32
 
   def __init__(self, logits_fn):
     self.logits_fn = logits_fn
     self.traced = 0
 
-  def init_cache(self, batch, slots):
-    return _layers.init_cache(batch, slots, num_layers=1, num_kv_heads=1,
-                              head_dim=1, dtype=jnp.float32)
+  def cache_shape(self):
+    return 1, 1, 1
 
-  def apply(self, variables, *args, method=None):
+  def apply(self, variables, *args, cache=None, method=None):
     del variables
     self.traced += 1
     if method == 'unembed':
       return args[0]
-    tokens, positions, key_mask, cache = args
-    assert cache.keys[0].shape[2] == key_mask.shape[1]
-    return self.logits_fn(tokens, positions, key_mask), cache
+    tokens, positions = args
+    # Queries of zero weigh all alike: the mean of a one among zeros.
+    first = (positions == 0).astype(jnp.float32)[..., None, None]
+    mean, cache = cache.attend(0 * first, 0 * first, first)
+    seen = jnp.round(1 / jnp.maximum(mean[..., 0, 0], 1e-6)).astype(jnp.int32)
+    return self.logits_fn(tokens, positions, seen), cache
 
 
 def one_hot(tokens, vocab_size):
@@ -248,50 +255,21 @@ def run(logits_fn, lengths, *how, cap, eos_ids=(0,), group_size=1,
                      jnp.float32(temperature), *how))
 
 
-@pytest.mark.parametrize('cap, meets', [
-    (1, [0, 1]), (64, [0, 64]), (65, [0, 64, 65]),
-    (256, [0, 64, 128, 192, 256]),
-    (1000, [0, 64, 128, 192, 256, 384, 512, 768, 1000])])
-def test_stretches_grow_with_what_is_written(cap, meets):
-  assert sampling._stretches(cap) == meets
-  # The paper's cap: programs that can be compiled, slots that are used.
-  long = sampling._stretches(32768)
-  assert len(long) == 19
-  assert all(end <= max(start * 1.5, start + 64)
-             for start, end in zip(long, long[1:], strict=False))
-
-
-def test_rows_that_stop_inside_a_long_stretch_change_nothing():
-  # Row r stops at position 45·r: three of them in the stretch 256 to 384.
-  prompts = make_prompts(np.ones(8, int)).replace(
-      tokens=np.array([[0] * 5 + [n] for n in range(1, 9)], np.int32))
-  rollout = run(lambda tokens, positions, _: one_hot(jnp.where(
-      positions >= 45 * tokens, 0, tokens), 16), None, cap=380,
-      prompts=prompts)
-  lengths = 45 * np.arange(1, 9) + 1
-  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), lengths)
-  for row, length in enumerate(lengths):
-    assert set(rollout.completion_tokens[row, :length - 1]) == {row + 1}
-
-
-@pytest.mark.parametrize('cap', [1, 5, 64, 65, 300])
-def test_any_cap_fits_the_stretches(cap):
+@pytest.mark.parametrize('cap', [1, 5, 31, 32, 33, 64, 100])
+def test_any_cap_fits_the_pages(cap):
   # Token n is followed by n + 1; the stop is never met.
-  rollout = run(lambda tokens, *_: one_hot(tokens + 1, 512), [6, 2], cap=cap)
+  rollout = run(lambda tokens, *_: one_hot(tokens + 1, 256), [6, 2], cap=cap)
   first = make_prompts(np.array([6, 2])).tokens[:, -1]
   np.testing.assert_array_equal(rollout.completion_tokens,
                                 first[:, None] + 1 + np.arange(cap))
   assert rollout.completion_mask.all()
 
 
-@pytest.mark.parametrize('read', ['positions', 'key_mask'])
+@pytest.mark.parametrize('read', ['positions', 'seen'])
 def test_positions_and_keys_are_counted_from_each_rows_first_token(read):
   # The model writes the position it is at, or how many keys it sees: one less.
-  def logits(tokens, positions, key_mask):
-    seen = jnp.sum(key_mask, axis=1, keepdims=True) - 1
-    found = positions if read == 'positions' else jnp.broadcast_to(
-        seen, tokens.shape)
-    return one_hot(found, 128)
+  def logits(_, positions, seen):
+    return one_hot(positions if read == 'positions' else seen - 1, 128)
 
   rollout = run(logits, [6, 1, 4], cap=70, eos_ids=(127,))
   want = np.array([5, 0, 3])[:, None] + np.arange(70)

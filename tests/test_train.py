@@ -110,14 +110,19 @@ def test_metrics_by_name(straight):
     assert {'reward/correct', 'reward/length', 'reward/total', 'length/mean',
             'length/p90', 'outcome/correct', 'outcome/truncated',
             'advantage/zero_groups', 'policy/entropy', 'policy/clip_fraction',
-            'policy/kl', 'policy/sampler_kl', 'update/loss',
-            'update/grad_norm', 'update/nonfinite'} <= record.keys()
+            'policy/kl', 'policy/sampler_kl', 'policy/sampler_ratio_mean',
+            'policy/sampler_ratio_max', 'policy/sampler_ratio_outside',
+            'update/loss', 'update/grad_norm',
+            'update/nonfinite'} <= record.keys()
     assert {f'time/{name}' for name in (
         'prompts', 'sample', 'grade', 'score', 'update')} <= record.keys()
     assert all(np.isfinite(value) for value in record.values()
                if not isinstance(value, str))
     # Sampling and scoring are one policy.
     assert record['policy/sampler_kl'] < 1e-6
+    assert record['policy/sampler_ratio_mean'] == pytest.approx(1, abs=1e-3)
+    assert record['policy/sampler_ratio_max'] == pytest.approx(1, abs=1e-2)
+    assert record['policy/sampler_ratio_outside'] == 0
     assert record['update/grad_norm'] > 0
   assert all(r['policy/kl'] == 0 for r in steps[:STEPS])
   assert steps[-1]['policy/kl'] > 0

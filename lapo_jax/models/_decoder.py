@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from lapo_jax import attention
 from lapo_jax.models import _layers
 
 # Regex on the parameter's path -> how its axes lie on the mesh.
@@ -105,33 +106,30 @@ class Decoder(nn.Module):
       self,
       tokens: Int[Array, 'B S'],
       positions: Int[Array, 'B S'],
-      key_mask: Bool[Array, 'B C'],
-      cache: _layers.KVCache | None = None,
-  ) -> tuple[Float[Array, 'B S D'], _layers.KVCache | None]:
+      mask: Bool[Array, 'B S'] | None = None,
+      cache: Any = None,
+  ) -> tuple[Float[Array, 'B S D'], Any]:
     """Final hidden states of the tokens, and the cache with them added.
 
     Args:
-      tokens: the S new tokens of each row.
+      tokens: S tokens of each row.
       positions: their positions; a row's first real token is at 0.
-      key_mask: which slots hold real tokens, the new ones included; C is the
-        cache's slots, or S without a cache.
-      cache: past keys and values; the new ones go to slot `cache.index`.
+      mask: without a cache, which of them are real.
+      cache: past keys and values. For each layer in turn, `cache.attend` is
+        given the new queries [B, S, H, E], keys and values [B, S, K, E], and
+        returns what the queries find, [B, S, H, E], and the next cache.
     """
-    index = jnp.int32(0) if cache is None else cache.index
-    mask = _layers.attention_mask(key_mask, index, tokens.shape[1])
     frequencies = _layers.rotary_frequencies(self.head_dim, self.rope_theta,
                                              self.rope_scaling)
     angles = _layers.rotary_angles(positions, jnp.asarray(frequencies))
     x = self.embedding.astype(self.dtype)[tokens]
-    keys, values = [], []
-    for i, layer in enumerate(self.layers):
-      past = cache and (cache.keys[i], cache.values[i], index)
-      x, layer_keys, layer_values = layer(x, angles, mask, past)
-      keys.append(layer_keys)
-      values.append(layer_values)
-    if cache is not None:
-      cache = _layers.KVCache(tuple(keys), tuple(values),
-                              index + tokens.shape[1])
+    for layer in self.layers:
+      if cache is None:
+        attend = lambda *qkv: (attention.causal(*qkv, mask.astype(jnp.int32)),
+                               None)
+      else:
+        attend = cache.attend
+      x, cache = layer(x, angles, attend)
     return self.final_norm(x), cache
 
   def unembed(self, hidden: Float[Array, '*A D']) -> Float[Array, '*A V']:
@@ -140,10 +138,9 @@ class Decoder(nn.Module):
     return jnp.matmul(hidden, table.astype(self.dtype),
                       preferred_element_type=jnp.float32)
 
-  def init_cache(self, batch: int, slots: int) -> _layers.KVCache:
-    """An empty cache of this model's shape."""
-    return _layers.init_cache(batch, slots, self.num_layers,
-                              self.num_kv_heads, self.head_dim, self.dtype)
+  def cache_shape(self) -> tuple[int, int, int]:
+    """(layers, key/value heads, head width) of the keys and values."""
+    return self.num_layers, self.num_kv_heads, self.head_dim
 
 
 def init_shapes(model: Decoder) -> dict[str, Any]:
@@ -166,11 +163,9 @@ class _Block(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x, angles, mask, past):
+  def __call__(self, x, angles, attend):
     norm = lambda name: _layers.RMSNorm(self.norm_eps, self.param_dtype,
                                         name=name)
-    mixed, keys, values = self.attention(norm('attention_norm')(x), angles,
-                                         mask, past)
+    mixed, cache = self.attention(norm('attention_norm')(x), angles, attend)
     x = x + mixed
-    x = x + self.mlp(norm('mlp_norm')(x))
-    return x, keys, values
+    return x + self.mlp(norm('mlp_norm')(x)), cache

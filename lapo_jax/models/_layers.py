@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts that decoder families share: norm, rotary, attention, gated MLP.
 
-Shapes: B rows, S query slots, C cache slots, D width, H query heads, K
+Shapes: B rows, S slots, D width, H query heads, K
 key/value heads, E head width. Queries, keys and values are computed in
 `dtype`; norms, softmax and logits in float32. Parameters are held in
 `param_dtype`.
@@ -11,54 +11,10 @@ import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
-
-# Finite, so that a row without a single real key gives no NaN.
-_MASKED = -1e30
-
-
-@flax.struct.dataclass
-class KVCache:
-  """Keys and values of past slots, one array per layer.
-
-  Heads lie before slots: a decoding step then reads each head's slots in one
-  run of memory, and needs no transposed copy.
-
-  Attributes:
-    keys: per layer [B, K, C, E], rotated.
-    values: per layer [B, K, C, E].
-    index: int32 [], the slot that the next token is written to.
-  """
-
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
-  index: jax.Array
-
-  def repeat(self, times: int) -> 'KVCache':
-    """Each row `times` times in a row: prompts to their groups."""
-    widen = lambda x: jnp.repeat(x, times, axis=0)
-    return self.replace(keys=tuple(map(widen, self.keys)),
-                        values=tuple(map(widen, self.values)))
-
-  def grow(self, slots: int) -> 'KVCache':
-    """The same cache with room for `slots` slots."""
-    widen = lambda x: jnp.pad(
-        x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-    return self.replace(keys=tuple(map(widen, self.keys)),
-                        values=tuple(map(widen, self.values)))
-
-
-def init_cache(batch: int, slots: int, num_layers: int, num_kv_heads: int,
-               head_dim: int, dtype: Any) -> KVCache:
-  """An empty cache."""
-  empty = lambda: tuple(
-      jnp.zeros((batch, num_kv_heads, slots, head_dim), dtype)
-      for _ in range(num_layers))
-  return KVCache(keys=empty(), values=empty(), index=jnp.int32(0))
 
 
 class RopeScaling(NamedTuple):
@@ -124,35 +80,6 @@ def rotate(x: Float[Array, 'B S N E'],
   return rotated.astype(x.dtype)
 
 
-def attention_mask(key_mask: Bool[Array, 'B C'], index: Int[Array, ''],
-                   num_queries: int) -> Bool[Array, 'B S C']:
-  """A query in slot s sees real keys in slots ≤ s; query 0 is at `index`."""
-  query_slots = index + jnp.arange(num_queries)
-  causal = jnp.arange(key_mask.shape[1])[None, :] <= query_slots[:, None]
-  return causal[None] & key_mask[:, None, :]
-
-
-def attend(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B K C E'],
-           values: Float[Array, 'B K C E'],
-           mask: Bool[Array, 'B S C']) -> Float[Array, 'B S H E']:
-  """softmax(q·kᵀ/√E)·v; each key head serves H/K query heads."""
-  batch, slots, heads, width = queries.shape
-  kv_heads = keys.shape[1]
-  shared = heads // kv_heads
-  # Matrix products over leading batch axes, [B, K, H/K · S, E] by [B, K, C, E]:
-  # the form that every backend has a fast routine for.
-  rows = queries.transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
-  scores = jnp.einsum('bkre,bkce->bkrc', rows, keys,
-                      preferred_element_type=jnp.float32) * width**-0.5
-  scores = scores.reshape(batch, kv_heads, shared, slots, -1)
-  scores = jnp.where(mask[:, None, None], scores, _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  mixed = jnp.einsum('bkrc,bkce->bkre',
-                     weights.reshape(batch, kv_heads, shared * slots, -1),
-                     values)
-  return mixed.reshape(batch, heads, slots, width).transpose(0, 2, 1, 3)
-
-
 class RMSNorm(nn.Module):
   """x / √(mean x² + ε) · scale, in float32."""
 
@@ -192,7 +119,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with rotary positions and an explicit cache.
+  """Grouped-query attention with rotary positions; `attend` does the mixing.
 
   With `norm_eps`, queries and keys are normed head by head before they turn.
   """
@@ -207,7 +134,7 @@ class Attention(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x, angles, mask, past):
+  def __call__(self, x, angles, attend):
     batch, slots, width = x.shape
     linear = lambda features, use_bias, name: Linear(
         features, use_bias, self.dtype, self.param_dtype, name=name)
@@ -219,18 +146,11 @@ class Attention(nn.Module):
         y = RMSNorm(self.norm_eps, self.param_dtype, name=f'{name}_norm')(y)
       return rotate(y, angles) if turned else y
 
-    queries = project('query', self.num_heads, True)
-    heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    keys = heads_first(project('key', self.num_kv_heads, True))
-    values = heads_first(project('value', self.num_kv_heads, False))
-    if past is not None:
-      past_keys, past_values, index = past
-      write = jax.lax.dynamic_update_slice_in_dim
-      keys = write(past_keys, keys.astype(past_keys.dtype), index, axis=2)
-      values = write(past_values, values.astype(past_values.dtype), index,
-                     axis=2)
-    mixed = attend(queries, keys, values, mask).reshape(batch, slots, -1)
-    return linear(width, self.out_bias, 'out')(mixed), keys, values
+    mixed, cache = attend(project('query', self.num_heads, True),
+                          project('key', self.num_kv_heads, True),
+                          project('value', self.num_kv_heads, False))
+    mixed = mixed.reshape(batch, slots, -1)
+    return linear(width, self.out_bias, 'out')(mixed), cache
 
 
 class GatedMLP(nn.Module):
