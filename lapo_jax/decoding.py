@@ -106,13 +106,14 @@ class State:
   counts: jax.Array
 
 
-def prefill(model: Any, params: Any, prompts: tuple[Array, Array],
+def prefill(model: Any, alone: bool, params: Any, prompts: tuple[Array, Array],
             rows: Int[Array, 'R'], into: Int[Array, 'R J'],
             store: Store) -> Store:
   """Runs prompts through the model, and keeps their pages.
 
   Args:
     model: see `sampling`.
+    alone: whether one device holds the shard.
     params: its parameters.
     prompts: tokens and mask of all of this shard, [P, L], left-padded.
     rows: which of them; P = none.
@@ -131,7 +132,9 @@ def prefill(model: Any, params: Any, prompts: tuple[Array, Array],
   real = places < num_tokens[:, None]
   hidden, cache = model.apply(
       {'params': params}, tokens, jnp.broadcast_to(places, tokens.shape),
-      cache=paging.Prefill(real.astype(jnp.int32)))
+      # Kernels are not cut: several devices take the form that is.
+      cache=paging.Prefill(real.astype(jnp.int32),
+                           backend=None if alone else 'xla'))
   last = jnp.take_along_axis(hidden, num_tokens[:, None, None] - 1, axis=1)
   pages = tuple(
       (paging.fill(keys, into, new_keys, True),

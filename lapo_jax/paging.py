@@ -89,16 +89,19 @@ class Prefill:
   Attributes:
     segments: int32 [B, S], 1 on real tokens, 0 behind them.
     kept: per layer (keys, values), [B, S, K, E] each.
+    backend: of `attention.causal`.
   """
 
   segments: jax.Array
   kept: tuple = ()
+  backend: str | None = flax.struct.field(pytree_node=False, default=None)
 
   def attend(self, queries: Float[Array, 'B S H E'],
              keys: Float[Array, 'B S K E'], values: Float[Array, 'B S K E']
              ) -> tuple[Float[Array, 'B S H E'], 'Prefill']:
     """Causal attention of one layer, the next one."""
-    mixed = attention.causal(queries, keys, values, self.segments)
+    mixed = attention.causal(queries, keys, values, self.segments,
+                             backend=self.backend)
     return mixed, self.replace(kept=(*self.kept, (keys, values)))
 
 

@@ -224,13 +224,15 @@ def _make_programs(model: Any, group_size: int, cap: int,
     # Devices of a tensor axis talk to one another within a step: there, each
     # shard makes the same number of steps.
     alone = shards == mesh.size
+    # Kernels want every axis named; a tensor axis is left to the compiler.
+    names = set(mesh.axis_names if alone else axes)
 
     def spread(f, cut, donate=()):
       cut = tuple(PartitionSpec(axes) if one == 'c' else PartitionSpec()
                   for one in cut)
       return jax.jit(jax.shard_map(
           f, mesh=mesh, in_specs=cut, out_specs=PartitionSpec(axes),
-          axis_names=set(axes), check_vma=False), donate_argnums=donate)
+          axis_names=names, check_vma=False), donate_argnums=donate)
 
   def begin(prompts, key, temperature, top_p, top_k, budgets):
     num_prompts, prompt_slots = prompts.tokens.shape
@@ -287,7 +289,8 @@ def _make_programs(model: Any, group_size: int, cap: int,
       first_store=jax.jit(first_store, static_argnums=2, out_shardings=batch),
       first_state=jax.jit(first_state, static_argnums=(1, 2),
                           out_shardings=batch),
-      prefill=spread(functools.partial(decoding.prefill, model), 'wcccc', (4,)),
+      prefill=spread(functools.partial(decoding.prefill, model, alone),
+                     'wcccc', (4,)),
       bring=spread(decoding.bring, 'cc'),
       relay=spread(relay, 'cc'),
       decode=spread(functools.partial(decoding.decode, model, group_size,

@@ -81,7 +81,8 @@ def test_attention_is_handed_to_the_cache_layer_by_layer(tiny_model,
     """Attends as without a cache, and notes what it is given."""
 
     def attend(self, queries, keys, values):
-      return (attention.causal(queries, keys, values, jnp.asarray(mask, jnp.int32)),
+      return (attention.causal(queries, keys, values,
+                               jnp.asarray(mask, jnp.int32)),
               Seen([*self, (queries.shape, keys.shape, values.shape)]))
 
   tokens, mask = left_padded(LENGTHS, 11, 64)

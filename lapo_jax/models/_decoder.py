@@ -125,8 +125,9 @@ class Decoder(nn.Module):
     x = self.embedding.astype(self.dtype)[tokens]
     for layer in self.layers:
       if cache is None:
-        attend = lambda *qkv: (attention.causal(*qkv, mask.astype(jnp.int32)),
-                               None)
+        # Over a mesh the compiler cuts this form, and no kernel.
+        attend = lambda *qkv: (attention.causal(
+            *qkv, mask.astype(jnp.int32), backend='xla'), None)
       else:
         attend = cache.attend
       x, cache = layer(x, angles, attend)
