@@ -59,6 +59,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       'cache_share': 0.3,
       'dtype': '',  # of the sampler's weights and arithmetic; '' = the model's
       'cache_dtype': '',  # of keys and values; '' = the sampler's | 'int8'
+      # Grade what has ended while the rest is sampled; the same grades, and
+      # sooner where grading has cores of its own.
+      'grade_ahead': False,
       # 'chat' for the tokenizer's own template, else a text with {question}.
       'template': 'chat',
   })

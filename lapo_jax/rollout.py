@@ -7,6 +7,7 @@ grades are gathered: text stays where it is, numbers go everywhere.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -98,12 +99,56 @@ def make_encode_fn(tokenizer: tokenizer_lib.Tokenizer, template: str,
   return encode
 
 
+class Ahead:
+  """Grades completions that have ended while others are still sampled.
+
+    with Ahead(grader, tokenizer, examples, group_size) as ahead:
+      samples = sample(…, watch=ahead.watch)
+      graded = grade(samples, …, ahead=ahead)
+  """
+
+  def __init__(self, grader: grader_lib.Grader,
+               tokenizer: tokenizer_lib.Tokenizer,
+               examples: Sequence[types.Example], group_size: int):
+    self._grader, self._tokenizer = grader, tokenizer
+    self._examples, self._group_size = examples, group_size
+    # One thread: a grader takes one call at a time.
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._parts = []
+
+  def __enter__(self) -> 'Ahead':
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._thread.shutdown(cancel_futures=True)
+
+  def watch(self, progress: Any) -> None:
+    """For the sampler: hands what has ended to the grader, waits for none."""
+    if len(progress.finished):
+      rows, tokens, lengths = progress.read()
+      self._parts.append(self._thread.submit(self._grade, rows, tokens,
+                                             lengths))
+
+  def results(self) -> dict[int, dict[str, Any]]:
+    """What was found, by row; waits for what is under way."""
+    return {row: result for part in self._parts
+            for row, result in part.result()}
+
+  def _grade(self, rows, tokens, lengths):
+    texts = _texts(self._tokenizer, tokens, lengths)
+    examples = [self._examples[b // self._group_size] for b in rows]
+    return list(zip(rows.tolist(), self._grader.grade(texts, examples),
+                    strict=True))
+
+
 def grade(samples: types.Rollout, prompts: types.Prompts,
           examples: Sequence[types.Example], grader: grader_lib.Grader,
-          tokenizer: tokenizer_lib.Tokenizer) -> Graded:
+          tokenizer: tokenizer_lib.Tokenizer,
+          ahead: Ahead | None = None) -> Graded:
   """Grades a rollout against its examples, one example per group.
 
-  A truncated completion is wrong, whatever its text says.
+  A truncated completion is wrong, whatever its text says. What was graded
+  `ahead` is not graded again.
   """
   num_rows = samples.completion_tokens.shape[0]
   group_size = num_rows // len(examples)
@@ -113,9 +158,14 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
   last = tokens[np.arange(len(rows)), np.maximum(lengths - 1, 0)]
   truncated = ~np.isin(last, tokenizer.eos_ids)
 
-  texts = tokenizer.decode([t[:n] for t, n in zip(tokens, lengths,
-                                                  strict=True)])
-  results = grader.grade(texts, [examples[b // group_size] for b in rows])
+  texts = _texts(tokenizer, tokens, lengths)
+  known = ahead.results() if ahead else {}
+  left = [i for i, b in enumerate(rows) if b not in known]
+  found = grader.grade([texts[i] for i in left],
+                       [examples[rows[i] // group_size] for i in left])
+  known |= zip(rows[left].tolist(), found, strict=True)
+  zeros = dict.fromkeys((name for r in known.values() for name in r), 0.0)
+  results = [zeros | known[b] for b in rows]
   verdicts = [r.pop('verdict') for r in results]
   for result, cut, verdict in zip(results, truncated, verdicts, strict=True):
     result['correct'] *= not cut
@@ -139,3 +189,9 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
       prompt_index=prompts.index, target_lengths=prompts.target_lengths,
       extras=grouped)
   return Graded(outcomes, rows, texts, verdicts)
+
+
+def _texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray,
+           lengths: np.ndarray) -> list[str]:
+  return tokenizer.decode([t[:n] for t, n in zip(tokens, lengths,
+                                                 strict=True)])

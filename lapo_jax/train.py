@@ -69,16 +69,19 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
                   for i in indices]
       prompts = run.encode(examples, indices)
 
-    with timer('sample'):
-      policy = run.to_sampler(state.params)  # decode layout
-      samples = jax.block_until_ready(
-          run.sample(policy, prompts, build.key(config.seed, 'sample', step),
-                     np.float32(config.rollout.temperature)))
-      del policy  # frees the copy before the backward pass
+    with rollout.Ahead(run.grader, run.tokenizer, examples,
+                       config.rollout.group_size) as ahead:
+      with timer('sample'):
+        policy = run.to_sampler(state.params)  # decode layout
+        samples = jax.block_until_ready(run.sample(
+            policy, prompts, build.key(config.seed, 'sample', step),
+            np.float32(config.rollout.temperature),
+            watch=ahead.watch if config.rollout.grade_ahead else None))
+        del policy  # frees the copy before the backward pass
 
-    with timer('grade'):  # text on the host that holds it, numbers everywhere
-      graded = rollout.grade(samples, prompts, examples, run.grader,
-                             run.tokenizer)
+      with timer('grade'):  # text on the host that holds it, numbers everywhere
+        graded = rollout.grade(samples, prompts, examples, run.grader,
+                               run.tokenizer, ahead)
       outcomes = run.replicate(graded.outcomes)
       score = functools.partial(run.score, state.params)
       extras = run.group(run.reward.measure(samples, score, run.encode))

@@ -203,6 +203,36 @@ def test_extras_by_name(graded):
                                 [0, 1, 2, 3])
 
 
+def test_what_was_graded_ahead_is_not_graded_again(tokenizer, mesh, graded):
+  class Progress:
+    def __init__(self, rows):
+      self.finished = np.array(rows)
+
+    def read(self):
+      tokens, mask = (np.asarray(x) for x in (whole.completion_tokens,
+                                              whole.completion_mask))
+      return self.finished, tokens[self.finished], mask[self.finished].sum(-1)
+
+  whole, calls = samples(tokenizer, mesh, TEXTS), []
+
+  class Counting(Grader):
+    def grade(self, completions, rows):
+      calls.append(len(completions))
+      return super().grade(completions, rows)
+
+  fake, rows = Counting(), examples('p', 'q', 'r', 's')
+  with rollout.Ahead(fake, tokenizer, rows, 4) as ahead:
+    for part in ([5, 0, 12], [], [3]):
+      ahead.watch(Progress(part))
+    found = rollout.grade(whole, prompts_of(mesh, 4), rows, fake, tokenizer,
+                          ahead)
+  assert calls == [3, 1, 12]
+  assert found.texts == graded[0].texts
+  assert found.verdicts == graded[0].verdicts
+  jax.tree.map(np.testing.assert_array_equal, found.outcomes,
+               graded[0].outcomes)
+
+
 def test_every_stop_token_stops(tokenizer, mesh):
   assert len(tokenizer.eos_ids) > 1
   rollout_ = samples(tokenizer, mesh, ['ab'] * 8, slots=3)

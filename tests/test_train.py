@@ -193,6 +193,14 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
 
 
+def test_few_slots_and_grading_ahead_end_with_the_same_bits(
+    straight, make_config, tmp_path):
+  train.train_and_evaluate(
+      make_config(rollout__num_slots=8, rollout__grade_ahead=True),
+      str(tmp_path / 'run'))
+  assert fingerprints(tmp_path / 'run') == fingerprints(straight)
+
+
 def test_a_stage_start_is_new_but_for_policy_and_memory(make_config, tmp_path):
   """What internalisation states is M(q), which each group may lower."""
   cap = 16
