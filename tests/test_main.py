@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lapo_jax import main, sampling, train
+from lapo_jax import draws, main, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -436,6 +436,6 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 def test_nothing_is_sampled_before_the_checks(refused, monkeypatch):
   def sample(*args, **kwargs):
     raise AssertionError('sampled')
-  monkeypatch.setattr(sampling, '_sample_token', sample)
+  monkeypatch.setattr(draws, 'draw', sample)
   monkeypatch.setattr(jax, 'block_until_ready', sample)
   refused('--config.rollout.max_prompt_length=11')
