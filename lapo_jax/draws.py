@@ -68,22 +68,25 @@ def draw(logits: Float[Array, 'N V'], uniforms: Float[Array, 'N'], how: How,
   """
   greedy = how.temperature == 0
   scaled = logits / jnp.where(greedy, 1.0, how.temperature)[:, None]
+  plain, total = _draw(scaled, uniforms)
   # Branches, not masks of all ones: sorting costs more than the draw, and
   # so does an argmax on a CPU.
-  plain = lambda: _draw(scaled, uniforms)
   likeliest = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  mixed = lambda: jnp.where(greedy, likeliest(), plain())
+  mixed = lambda: jnp.where(greedy, likeliest(), plain)
   # Each row by its own rule: no row's token depends on its neighbours'.
   truncated = lambda: jnp.where(how.truncated() & ~greedy, _draw_likeliest(
       scaled, uniforms, how.top_p, how.top_k), mixed())
-  tokens = jax.lax.switch(kind, [plain, mixed, truncated])
+  tokens = jax.lax.switch(kind, [lambda: plain, mixed, truncated])
   chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
-  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+  return tokens, chosen - total
 
 
-def _draw(logits: Float[Array, 'N V'],
-          uniforms: Float[Array, 'N']) -> Int[Array, 'N']:
-  """The token of each row in whose share of the mass the number falls."""
+def _draw(logits: Float[Array, 'N V'], uniforms: Float[Array, 'N']
+          ) -> tuple[Int[Array, 'N'], Float[Array, 'N']]:
+  """The token of each row in whose share of the mass the number falls.
+
+  And log Σ exp(logits), whose terms are at hand.
+  """
   rows, size = logits.shape
   width = _block(size)
   blocks = logits.reshape(rows, -1, width)
@@ -98,7 +101,8 @@ def _draw(logits: Float[Array, 'N V'],
   rest = jnp.maximum(wanted - take(cumulated) + take(masses), 0.0)
   inside = jnp.exp(jnp.take_along_axis(
       blocks, block[:, None, None], axis=1) - peaks)[:, 0]
-  return block * width + _first_above(jnp.cumsum(inside, axis=-1), rest)
+  tokens = block * width + _first_above(jnp.cumsum(inside, axis=-1), rest)
+  return tokens, peaks[:, 0, 0] + jnp.log(cumulated[:, -1])
 
 
 def _draw_likeliest(logits: Float[Array, 'N V'], uniforms: Float[Array, 'N'],
