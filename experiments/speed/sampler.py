@@ -134,7 +134,7 @@ def table(point: str, found: dict[str, Any]) -> str:
     whole = ':' not in name
     cells = [
         f'{entry["tokens"] / np.median(taken):,.0f}', _cell(ratio('ours')),
-        _cell(bare and 100 / bare, '.0f', ' %'),
+        _cell(bare and 100 / bare, '.1f', ' %'),
         _cell(entry['first']['seconds'] - np.median(taken) if whole else None,
               '.1f'),
         _cell(entry['difference'] if whole else None, '.0e'),
