@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device programs of the sampler, each for one data shard.
+"""The sampler's device programs that decode, each for one data shard.
 
 `step` is the heart: refill the idle slots, draw a token for each, run the
-model on them. The others begin, prefill, rearrange and read. `sampling` says
-the sentence that they make.
+model on them. `decode` repeats it, `relay` changes the number of slots and
+pages between two runs. `sampling` says the sentence that they make.
+
+The keys and values of completions lie in pages of their own, beside those of
+the prompts that are ready (`paging`), or all lie in one pool (`pools`). In a
+pool a completion's own pages begin with its prompt's tail: the tokens that do
+not fill a page.
 
 N slots, B completions of P prompts, T completion slots, Q pages of
-completions, R pages of the A prompts that lie ready, W tokens a page, D model
-width.
+completions, R pages of the A prompts that lie ready, F pages of all prompts,
+J pages a row, W tokens a page, D model width.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -18,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from lapo_jax import draws, ops, paging, slots
+from lapo_jax import draws, ops, paging, pools, slots
+from lapo_jax.prefilling import Active, Setup
 
 # Steps until the host looks in, at the most.
 _CHUNK = 64
@@ -33,44 +38,15 @@ class Job:
     how: `draws.How` of [B] numbers.
     budgets: int32 [B], tokens at most.
     prompt_lengths: int32 [P].
+    prompt_pages: int32 [P, F'], where each prompt's pages lie in the pool;
+      [P, 0] without one.
   """
 
   keys: jax.Array
   how: draws.How
   budgets: jax.Array
   prompt_lengths: jax.Array
-
-
-@flax.struct.dataclass
-class Store:
-  """The prompts, prefilled.
-
-  Attributes:
-    hidden: float [P, D], the model's state after each.
-    pages: per layer (keys, values), `Pages`.
-  """
-
-  hidden: jax.Array
-  pages: tuple
-
-
-@flax.struct.dataclass
-class Active:
-  """The prompts that lie ready, see `slots.Ready`.
-
-  Attributes:
-    pages: per layer (keys, values), `Pages` [R].
-    ids: int32 [A].
-    place: int32 [R].
-    number: int32 [R].
-    end: int32 [1].
-  """
-
-  pages: tuple
-  ids: jax.Array
-  place: jax.Array
-  number: jax.Array
-  end: jax.Array
+  prompt_pages: jax.Array
 
 
 @flax.struct.dataclass
@@ -85,7 +61,10 @@ class State:
     next: int32 [1], the head of the queue.
     owner: int32 [Q], the slot of each page; N = free.
     base: int32 [Q], the number of the page's first token.
-    pages: per layer (keys, values), `Pages` [Q].
+    table: int32 [N, J], the pages of each slot's row in the pool, in order;
+      [N, 0] without one.
+    pages: per layer (keys, values): `Pages` [Q], or the pool of F + Q pages,
+      prompts' first.
     tokens: int32 [B, T].
     logprobs: float32 [B, T].
     lengths: int32 [B], 0 = not ended.
@@ -99,6 +78,7 @@ class State:
   next: jax.Array
   owner: jax.Array
   base: jax.Array
+  table: jax.Array
   pages: tuple
   tokens: jax.Array
   logprobs: jax.Array
@@ -106,88 +86,50 @@ class State:
   counts: jax.Array
 
 
-def prefill(model: Any, alone: bool, params: Any, prompts: tuple[Array, Array],
-            rows: Int[Array, 'R'], into: Int[Array, 'R J'],
-            store: Store) -> Store:
-  """Runs prompts through the model, and keeps their pages.
-
-  Args:
-    model: see `sampling`.
-    alone: whether one device holds the shard.
-    params: its parameters.
-    prompts: tokens and mask of all of this shard, [P, L], left-padded.
-    rows: which of them; P = none.
-    into: the pages in the store for each J·W tokens; behind the last = none.
-    store: takes them.
-  """
-  size = paging.page_size(store.pages)
-  here = jax.tree.map(lambda x: x.at[rows].get(mode='clip'),
-                      prompts)
-  num_tokens = jnp.sum(here[1], axis=1, dtype=jnp.int32)
-  # To the left: pages begin with a prompt's first token.
-  places = jnp.arange(into.shape[1] * size)[None]
-  slots_ = here[0].shape[1]
-  source = jnp.minimum(places + slots_ - num_tokens[:, None], slots_ - 1)
-  tokens = jnp.take_along_axis(here[0], source, axis=1)
-  real = places < num_tokens[:, None]
-  hidden, cache = model.apply(
-      {'params': params}, tokens, jnp.broadcast_to(places, tokens.shape),
-      # Kernels are not cut: several devices take the form that is.
-      cache=paging.Prefill(real.astype(jnp.int32),
-                           backend=None if alone else 'xla'))
-  last = jnp.take_along_axis(hidden, num_tokens[:, None, None] - 1, axis=1)
-  pages = tuple(
-      (paging.fill(keys, into, new_keys, True),
-       paging.fill(values, into, new_values, False))
-      for (keys, values), (new_keys, new_values) in zip(
-          store.pages, cache.kept, strict=True))
-  return Store(store.hidden.at[rows].set(
-      last[:, 0].astype(store.hidden.dtype), mode='drop'), pages)
-
-
-def bring(store: Store, ready: slots.Ready) -> Active:
-  """Copies the pages of the prompts that shall lie ready."""
-  take = lambda pages: pages.take(ready.source)
-  return Active(tuple((take(keys), take(values))
-                      for keys, values in store.pages),
-                ready.ids, ready.place, ready.number, ready.end)
-
-
-def relay(num_rows: int, layout: slots.Layout, state: State) -> State:
+def relay(setup: Setup, layout: slots.Layout, state: State) -> State:
   """The state with other numbers of slots and pages."""
+  num_rows = state.lengths.shape[0]
   num_slots, num_pages = state.row.shape[0], state.owner.shape[0]
   new_slots, new_pages = layout.slots.shape[0], layout.pages.shape[0]
-  pick = lambda x, ids: x.at[ids].get(mode='clip')
   filled = layout.slots < num_slots
   became = lambda old, new, count: jnp.full(count + 1, new, jnp.int32).at[
       old].set(jnp.arange(new, dtype=jnp.int32), mode='drop').at[count].set(new)
   slot = became(layout.slots, new_slots, num_slots)
   page = became(layout.pages, new_pages, num_pages)
-  owner = pick(slot, pick(state.owner, layout.pages))
-  pages = tuple((keys.take(layout.pages), values.take(layout.pages))
-                for keys, values in state.pages)
+  owner = _pick(slot, _pick(state.owner, layout.pages))
+  table = _pick(state.table, layout.slots)
+  if setup.pooled:
+    first = _first(state)
+    table = jnp.where(table < first, table, first + _pick(page, table - first))
+    pages = pools.take(state.pages, jnp.concatenate(
+        [jnp.arange(first, dtype=jnp.int32), first + layout.pages]))
+  else:
+    pages = paging.take(state.pages, layout.pages)
   return state.replace(
-      row=jnp.where(filled, pick(state.row, layout.slots), num_rows),
-      t=jnp.where(filled, pick(state.t, layout.slots), 0),
-      page=pick(page, pick(state.page, layout.slots)),
-      hidden=pick(state.hidden, layout.slots),
+      row=jnp.where(filled, _pick(state.row, layout.slots), num_rows),
+      t=jnp.where(filled, _pick(state.t, layout.slots), 0),
+      page=_pick(page, _pick(state.page, layout.slots)),
+      hidden=_pick(state.hidden, layout.slots),
       owner=jnp.where(layout.pages < num_pages, owner, new_slots),
-      base=pick(state.base, layout.pages), pages=pages)
+      base=_pick(state.base, layout.pages), table=table, pages=pages)
 
 
-def decode(model: Any, group_size: int, eos_ids: Sequence[int], alone: bool,
-           params: Any, job: Job, hidden: Array, active: Active, kind: Array,
-           state: State) -> State:
+def held(setup: Setup, job: Job, state: State) -> Int[Array, 'N']:
+  """Tokens in each slot's own pages, with its prompt's tail; 0 = no page."""
+  if not setup.pooled:
+    return state.t
+  return jnp.where(state.t > 0, _place(setup, job, state), 0)
+
+
+def decode(setup: Setup, params: Any, job: Job, hidden: Array,
+           active: Active, kind: Array, state: State) -> State:
   """Steps until the host has to look in.
 
   That is when pages or ready prompts are lacking, when all is done, or after
   some steps.
 
   Args:
-    model: see `sampling`.
-    group_size: G.
-    eos_ids: the stop tokens.
-    alone: whether this shard may leave the loop by itself.
+    setup: what is fixed.
     params: of the model.
     job: what is asked.
     hidden: [P, D], the model's state after each prompt.
@@ -196,107 +138,182 @@ def decode(model: Any, group_size: int, eos_ids: Sequence[int], alone: bool,
     state: as the last call left it.
   """
   num_rows, num_slots = job.budgets.shape[0], state.row.shape[0]
-  num_active, size = active.ids.shape[0], paging.page_size(active.pages)
+  size = setup.page_size
   count = lambda x: jnp.sum(x, dtype=jnp.int32)
-  # Of the prompts: their places, and what is real in their pages.
-  place = jnp.full(job.prompt_lengths.shape[0] + 1, num_active, jnp.int32).at[
-      active.ids].set(jnp.arange(num_active, dtype=jnp.int32), mode='drop')
-  lengths = job.prompt_lengths.at[
-      active.ids.at[active.place].get(mode='clip')].get(mode='clip')
-  valid = _valid(lengths - active.number * size, size)
+  shared = None if setup.pooled else _shared(job, active, size)
 
   def goes_on(carry):
     i, state = carry
     within = i < _CHUNK
-    if not alone:
+    if not setup.alone:
       return within
     live = state.row < num_rows
     idle, startable = count(~live), active.end[0] - state.next[0]
     fresh = jnp.minimum(idle, startable)
-    wants = count(live & (state.t % size == 0)) + fresh
+    full = held(setup, job, state) % size == 0
+    wants = count(live & full) + fresh
     lacking = (idle > startable) & (active.end[0] < num_rows)
     return (within & (num_slots - idle + fresh > 0) & ~lacking &
             (wants <= count(state.owner == num_slots)))
 
   def one(carry):
     i, state = carry
-    return i + 1, step(model, group_size, eos_ids, params, job, hidden, active,
-                       place, valid, kind, state)
+    return i + 1, step(setup, params, job, hidden, active, shared, kind, state)
 
   return jax.lax.while_loop(goes_on, one, (jnp.int32(0), state))[1]
 
 
-def step(model: Any, group_size: int, eos_ids: Sequence[int], params: Any,
-         job: Job, after_prompt: Array, active: Active,
-         place: Int[Array, 'P1'], valid: Bool[Array, 'R W'], kind: Array,
+def step(setup: Setup, params: Any, job: Job, after_prompt: Array,
+         active: Active, shared: tuple[Array, Array] | None, kind: Array,
          state: State) -> State:
-  """Refills the idle slots, draws a token for each, runs the model on them."""
-  num_rows, num_slots = job.budgets.shape[0], state.row.shape[0]
-  num_pages, size = state.owner.shape[0], valid.shape[1]
-  num_active = active.ids.shape[0]
-  pick = lambda x, ids: x.at[ids].get(mode='clip')
-  each = jnp.arange(num_slots, dtype=jnp.int32)
+  """Refills the idle slots, draws a token for each, runs the model on them.
+
+  Other arguments as in `decode`; `shared` is that of `_shared`.
+  """
+  num_rows, num_pages = job.budgets.shape[0], state.owner.shape[0]
+  model = setup.model
 
   # Refill.
   idle = state.row == num_rows
   waiting = state.next[0] + jnp.cumsum(idle, dtype=jnp.int32) - 1
   take = idle & (waiting < active.end[0])
-  row = jnp.where(take, waiting, state.row)
-  t = jnp.where(take, 0, state.t)
-  prompt = row // group_size
-  hidden = jnp.where(take[:, None], pick(after_prompt, prompt), state.hidden)
-  busy = row < num_rows
+  state = state.replace(row=jnp.where(take, waiting, state.row),
+                        t=jnp.where(take, 0, state.t),
+                        next=state.next + jnp.sum(take))
+  row, t = state.row, state.t
+  prompt = row // setup.group_size
+  hidden = jnp.where(take[:, None], _pick(after_prompt, prompt), state.hidden)
 
   # A page for those whose last one is full; without one, a slot waits.
-  wants = busy & (t % size == 0)
-  free = jnp.nonzero(state.owner == num_slots, size=num_slots,
-                     fill_value=num_pages)[0].astype(jnp.int32)
-  found = pick(free, jnp.cumsum(wants, dtype=jnp.int32) - 1)
-  page = jnp.where(wants, found, state.page)
-  busy &= page < num_pages
-  new = jnp.where(wants, found, num_pages)
-  owner = state.owner.at[new].set(each, mode='drop')
-  base = state.base.at[new].set(t, mode='drop')
+  state = _turn_pages(setup, job, state)
+  busy = (row < num_rows) & (state.page < num_pages)
 
   # Draw.
-  keys = jax.random.wrap_key_data(pick(job.keys, row))
+  keys = jax.random.wrap_key_data(_pick(job.keys, row))
   uniforms = draws.uniforms(jax.vmap(jax.random.fold_in)(keys, t))
   logits = model.apply({'params': params}, hidden, method='unembed')
-  how = jax.tree.map(lambda x: pick(x, row), job.how)
+  how = jax.tree.map(lambda x: _pick(x, row), job.how)
   drawn, logprobs = draws.draw(logits, uniforms, how, kind)
   out = jnp.where(busy, row, num_rows)
   tokens = state.tokens.at[out, t].set(drawn, mode='drop')
   logprobs = state.logprobs.at[out, t].set(logprobs, mode='drop')
 
   # Run the model: the drawn tokens are number t of their rows.
-  at = jnp.where(busy, pick(place, prompt), num_active)
-  readers = jnp.full((num_active, group_size), num_slots, jnp.int32).at[
-      at, row % group_size].set(each, mode='drop')
-  written = jnp.append(jnp.where(busy, t + 1, 0), 0)
-  where = paging.Step(
-      page=jnp.where(busy, page, num_pages), offset=t % size, owner=owner,
-      valid=_valid(pick(written, owner) - base, size),
-      readers=pick(readers, active.place), prompt_valid=valid)
-  positions = pick(job.prompt_lengths, prompt) + t
-  found, cache = model.apply(
-      {'params': params}, drawn[:, None], positions[:, None],
-      cache=paging.Decode(where, state.pages, active.pages))
-  hidden = jnp.where(busy[:, None], found[:, 0], hidden)
+  cache = (_pool(setup, job, busy, state) if setup.pooled else
+           _pages(setup, active, shared, busy, state))
+  positions = _pick(job.prompt_lengths, prompt) + t
+  found, cache = model.apply({'params': params}, drawn[:, None],
+                             positions[:, None], cache=cache)
 
   # Ends: a stop token, or the budget.
-  ended = busy & (ops.is_any_of(drawn, eos_ids) |
-                  (t + 1 >= pick(job.budgets, row)))
+  ended = busy & (ops.is_any_of(drawn, setup.eos_ids) |
+                  (t + 1 >= _pick(job.budgets, row)))
   lengths = state.lengths.at[jnp.where(ended, row, num_rows)].set(
       t + 1, mode='drop')
+  freed = _pick(jnp.append(ended, False), state.owner)
   return state.replace(
       row=jnp.where(ended, num_rows, row), t=jnp.where(busy, t + 1, t),
-      page=page, hidden=hidden, next=state.next + jnp.sum(take),
-      owner=jnp.where(pick(jnp.append(ended, False), owner), num_slots, owner),
-      base=base, pages=cache.completions, tokens=tokens, logprobs=logprobs,
-      lengths=lengths,
+      hidden=jnp.where(busy[:, None], found[:, 0], hidden),
+      owner=jnp.where(freed, row.shape[0], state.owner), pages=cache.pages,
+      tokens=tokens, logprobs=logprobs, lengths=lengths,
       counts=state.counts + jnp.stack([jnp.int32(1), jnp.sum(busy)])[None])
 
 
-def _valid(held: Int[Array, 'Q'], size: int) -> Bool[Array, 'Q W']:
+def _turn_pages(setup: Setup, job: Job, state: State) -> State:
+  """The state with a new page for each slot whose last one is full."""
+  num_rows, num_slots = job.budgets.shape[0], state.row.shape[0]
+  num_pages, size = state.owner.shape[0], setup.page_size
+  prompt = state.row // setup.group_size
+  wants = (state.row < num_rows) & (held(setup, job, state) % size == 0)
+  free = jnp.nonzero(state.owner == num_slots, size=num_slots,
+                     fill_value=num_pages)[0].astype(jnp.int32)
+  found = _pick(free, jnp.cumsum(wants, dtype=jnp.int32) - 1)
+  new = jnp.where(wants, found, num_pages)
+  place = _place(setup, job, state)
+  each = jnp.arange(num_slots, dtype=jnp.int32)
+  state = state.replace(
+      page=jnp.where(wants, found, state.page),
+      owner=state.owner.at[new].set(each, mode='drop'),
+      base=state.base.at[new].set(place - place % size, mode='drop'))
+  if not setup.pooled:
+    return state
+
+  # The first of a slot's pages begins with the tail.
+  first, begins = _first(state), wants & (state.t == 0)
+  whole = _pick(job.prompt_lengths, prompt) // size
+  pages = _pick(job.prompt_pages, prompt)
+  copies = begins & (found < num_pages) & (place > 0)
+  order = jnp.argsort(~copies, stable=True)
+  source = jnp.take_along_axis(
+      pages, jnp.minimum(whole, pages.shape[1] - 1)[:, None], 1)[:, 0]
+  copied = pools.copy(state.pages, jnp.sum(copies, dtype=jnp.int32),
+                      source[order], first + found[order])
+  pages = jnp.pad(pages, ((0, 0), (0, state.table.shape[1] - pages.shape[1])))
+  table = jnp.where(begins[:, None], pages, state.table)
+  columns = jnp.arange(table.shape[1])[None]
+  here = wants[:, None] & (columns == (whole + place // size)[:, None])
+  return state.replace(
+      pages=copied, table=jnp.where(here, (first + found)[:, None], table))
+
+
+def _pool(setup: Setup, job: Job, busy: Bool[Array, 'N'],
+          state: State) -> pools.Decode:
+  """Where the tokens of a step lie in a pool."""
+  size = setup.page_size
+  before = _pick(job.prompt_lengths, state.row // setup.group_size) + state.t
+  pages = _first(state) + jnp.where(busy, state.page, state.owner.shape[0])
+  return pools.Decode(
+      page=pages, offset=before % size, lengths=jnp.where(busy, before + 1, 0),
+      table=state.table, pages=state.pages)
+
+
+def _pages(setup: Setup, active: Active, shared: tuple[Array, Array],
+           busy: Bool[Array, 'N'], state: State) -> paging.Decode:
+  """Where the tokens of a step lie in pages of prompts and of completions."""
+  (num_active,), (num_slots,) = active.ids.shape, state.row.shape
+  place, valid = shared
+  prompt, member = state.row // setup.group_size, state.row % setup.group_size
+  at = jnp.where(busy, _pick(place, prompt), num_active)
+  readers = jnp.full((num_active, setup.group_size), num_slots, jnp.int32).at[
+      at, member].set(jnp.arange(num_slots, dtype=jnp.int32), mode='drop')
+  size = valid.shape[1]
+  written = jnp.append(jnp.where(busy, state.t + 1, 0), 0)
+  step = paging.Step(
+      page=jnp.where(busy, state.page, state.owner.shape[0]),
+      offset=state.t % size, owner=state.owner,
+      valid=_valid(_pick(written, state.owner) - state.base, size),
+      readers=_pick(readers, active.place), prompt_valid=valid)
+  return paging.Decode(step, state.pages, active.pages)
+
+
+def _shared(job: Job, active: Active, size: int) -> tuple[Array, Array]:
+  """Of the prompts: their places [P + 1], and the real tokens [R, W]."""
+  num_active = active.ids.shape[0]
+  place = jnp.full(job.prompt_lengths.shape[0] + 1, num_active, jnp.int32).at[
+      active.ids].set(jnp.arange(num_active, dtype=jnp.int32), mode='drop')
+  lengths = _pick(job.prompt_lengths, _pick(active.ids, active.place))
+  return place, _valid(lengths - active.number * size, size)
+
+
+def _valid(count: Int[Array, 'Q'], size: int) -> Bool[Array, 'Q W']:
   """True on the first tokens of each page."""
-  return jnp.arange(size)[None] < held[:, None]
+  return jnp.arange(size)[None] < count[:, None]
+
+
+def _place(setup: Setup, job: Job, state: State) -> Int[Array, 'N']:
+  """The place of each slot's next token in its own pages."""
+  if not setup.pooled:
+    return state.t
+  prompt = state.row // setup.group_size
+  return state.t + _pick(job.prompt_lengths,
+                         prompt) % setup.page_size
+
+
+def _first(state: State) -> int:
+  """The first page of a completion in the pool, F."""
+  return state.pages[0].shape[0] - state.owner.shape[0]
+
+
+def _pick(x: Array, ids: Int[Array, '*A']) -> Array:
+  """x[ids]; an id beyond the last picks the last."""
+  return x.at[ids].get(mode='clip')

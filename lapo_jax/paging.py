@@ -42,10 +42,6 @@ class Pages:
   data: jax.Array
   scales: jax.Array | None
 
-  def take(self, ids: Int[Array, 'Q2']) -> 'Pages':
-    """The pages of these ids; an id beyond the last repeats the last."""
-    return jax.tree.map(lambda x: x.at[ids].get(mode='clip'), self)
-
 
 def empty(num_pages: int, size: int, shape: tuple[int, int, int],
           dtype: Any) -> tuple:
@@ -67,11 +63,6 @@ def empty(num_pages: int, size: int, shape: tuple[int, int, int],
 
   return tuple((pages(head_dim, size), pages(size, head_dim))
                for _ in range(num_layers))
-
-
-def page_size(layers: tuple) -> int:
-  """W, of pages per layer (keys, values)."""
-  return layers[0][1].data.shape[2]
 
 
 def token_bytes(num_layers: int, kv_heads: int, head_dim: int,
@@ -132,13 +123,13 @@ class Decode:
 
   Attributes:
     step: see `Step`.
-    completions: per layer (keys, values), `Pages` each.
-    prompts: likewise.
+    pages: per layer (keys, values), `Pages` each, of completions.
+    prompts: likewise, of prompts.
     layer: which of them is next.
   """
 
   step: Step
-  completions: tuple
+  pages: tuple
   prompts: tuple
   layer: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -147,23 +138,36 @@ class Decode:
              ) -> tuple[Float[Array, 'N 1 H E'], 'Decode']:
     """Writes one layer's keys and values, and attends to the live pages."""
     step = self.step
-    own_keys, own_values = self.completions[self.layer]
+    own_keys, own_values = self.pages[self.layer]
     own_keys = write(own_keys, step, keys[:, 0], True)
     own_values = write(own_values, step, values[:, 0], False)
     mixed = attend(queries[:, 0], (own_keys, own_values),
                    self.prompts[self.layer], step)
-    completions = (*self.completions[:self.layer], (own_keys, own_values),
-                   *self.completions[self.layer + 1:])
-    return mixed[:, None], self.replace(completions=completions,
-                                        layer=self.layer + 1)
+    pages = (*self.pages[:self.layer], (own_keys, own_values),
+             *self.pages[self.layer + 1:])
+    return mixed[:, None], self.replace(pages=pages, layer=self.layer + 1)
 
 
-def fill(pages: Pages, ids: Int[Array, 'B J'],
-         tokens: Float[Array, 'B S K E'], keys: bool) -> Pages:
+def take(layers: tuple, ids: Int[Array, 'Q']) -> tuple:
+  """The pages of these ids; an id beyond the last repeats the last."""
+  return jax.tree.map(lambda x: x.at[ids].get(mode='clip'), layers)
+
+
+def fill(layers: tuple, ids: Int[Array, 'B J'], kept: tuple) -> tuple:
   """Writes whole pages: token s of row b to page ids[b, s // W].
 
-  An id beyond the last page drops what would go there.
+  An id beyond the last page drops what would go there. `kept` is what
+  `Prefill` keeps.
   """
+  return tuple(
+      (_fill(keys, ids, new_keys, True), _fill(values, ids, new_values, False))
+      for (keys, values), (new_keys, new_values) in zip(layers, kept,
+                                                        strict=True))
+
+
+def _fill(pages: Pages, ids: Int[Array, 'B J'],
+          tokens: Float[Array, 'B S K E'], keys: bool) -> Pages:
+  """`fill` of one layer's keys or values."""
   rows, slots, kv_heads, head_dim = tokens.shape
   size = slots // ids.shape[1]
   tokens, scales = _quantize(tokens, pages)

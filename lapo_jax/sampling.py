@@ -5,7 +5,8 @@ Each prompt is prefilled once; its keys and values serve its G completions.
 The P·G completions queue for a fixed number of slots. A step draws a token
 for every slot and runs the model on it; a slot whose completion has ended
 takes the next of the queue on device, before the next step. Keys and values
-lie in pages (`paging`), so that a step costs what is live, not the cap.
+lie in pages (`paging`), so that a step costs what is live, not the cap; on a
+TPU in one pool with tables of pages (`pools`), as its kernels take them.
 
 The host looks in every few dozen steps: it finds room for more pages, brings
 in the pages of the next prompts, and, once the queue is empty, goes on with
@@ -27,7 +28,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 import numpy as np
 
-from lapo_jax import decoding, draws, paging, sharding, slots, types
+from lapo_jax import (
+    decoding,
+    draws,
+    paging,
+    pools,
+    prefilling,
+    sharding,
+    slots,
+    types,
+)
 
 # Tokens whose keys and values lie together.
 PAGE = 64
@@ -58,9 +68,15 @@ class Progress(NamedTuple):
   cache_bytes: int
 
 
-class _Programs(NamedTuple):
-  """The compiled programs; each runs on all data shards side by side."""
+class Programs(NamedTuple):
+  """The sampler's programs; each runs on all data shards side by side.
 
+  `make_sample_fn` says in which order.
+  """
+
+  pooled: bool
+  shards: int
+  place: Callable
   begin: Callable
   first_store: Callable
   first_state: Callable
@@ -76,7 +92,7 @@ class _Programs(NamedTuple):
 def make_sample_fn(
     model: Any, *, group_size: int, max_completion_length: int,
     eos_ids: Sequence[int], pad_id: int, num_slots: int | None = None,
-    cache_dtype: Any = '',
+    cache_dtype: Any = '', backend: str | None = None,
     shardings: tuple[Any, Any, Any] | None = None) -> Callable:
   """`(params, prompts, key, temperature, top_p, top_k, budgets) -> Rollout`.
 
@@ -91,6 +107,7 @@ def make_sample_fn(
       together; None = all of them.
     cache_dtype: of keys and values; '' = the model's. 'int8' has a scale
       for each token and head.
+    backend: 'xla', 'tpu' or 'gpu', whose kernels are used; None = JAX's.
     shardings: of params, of `types.Prompts` and of the batch; None on one
       device.
 
@@ -105,15 +122,11 @@ def make_sample_fn(
     has looked in.
   """
   cap = max_completion_length
-  dtype = jnp.dtype(cache_dtype or model.dtype)
-  shards = 1
-  if shardings is not None:
-    mesh = shardings[2].mesh
-    shards = math.prod(mesh.shape[axis] for axis in shardings[2].spec[0])
-  programs = _make_programs(model, group_size, cap, tuple(eos_ids), pad_id,
-                            dtype, shardings, shards)
-
-  place = lambda plan: _place(plan, None if shardings is None else shardings[2])
+  programs = make_programs(
+      model, group_size=group_size, max_completion_length=cap, eos_ids=eos_ids,
+      pad_id=pad_id, cache_dtype=cache_dtype, backend=backend,
+      shardings=shardings)
+  shards, place, pooled = programs.shards, programs.place, programs.pooled
 
   def sample(params: Any, prompts: types.Prompts, key: Array,
              temperature: Any, top_p: Any = 1.0, top_k: Any = 0,
@@ -126,30 +139,36 @@ def make_sample_fn(
         cap if budgets is None else budgets)
     lengths = np.asarray(lengths).reshape(shards, -1)
     pages = slots.make_store(lengths, PAGE)
-    store = programs.first_store(params, prompts, pages.size)
+    view = slots.first_view(shards, most, num_rows)
+    layout = slots.layout(view, num_rows, PAGE)
+    num_pages = layout.pages.shape[1]
+    store = programs.first_store(params, prompts,
+                                 pages.size + (num_pages if pooled else 0))
     for rows, into in slots.prefill_batches(pages,
                                             _PREFILL_TOKENS // PAGE):
       store = programs.prefill(params, prompts, *place((rows, into)), store)
 
-    view = slots.first_view(shards, most, num_rows)
-    state = active = ready = None
+    ready, columns = None, 0
+    if pooled:
+      job = job.replace(prompt_pages=place(slots.prompt_pages(pages)))
+      # One more: a completion begins with a part of its prompt.
+      columns = job.prompt_pages.shape[1] + -(-cap // PAGE) + 1
+    state = programs.first_state(store.hidden, most, num_pages, columns)
+    if pooled:
+      state, store = (state.replace(pages=store.pages),
+                      store.replace(pages=()))
     done = False
     while not done:
-      layout = slots.layout(view, num_rows, PAGE)
-      if state is None:
-        state = programs.first_state(store.hidden, most,
-                                     layout.pages.shape[1])
-      elif layout is not None:
-        state = programs.relay(place(layout), state)
       fewer = layout is not None and layout.slots.size < view.row.size
-      found = slots.ready(view, ready, pages, group_size, num_rows, fewer)
+      found = slots.ready(view, ready, pages, group_size, num_rows, fewer,
+                          pooled)
       if found is not None:
         ready, active = found, programs.bring(store, place(found))
       state = programs.decode(params, job, store.hidden, active, kind, state)
       before = view
-      row, t, head, owner, counts = (np.asarray(x).reshape(shards, -1)
-                                     for x in programs.view(state))
-      view = slots.View(row, t, head[:, 0], owner)
+      row, held, head, owner, counts = (np.asarray(x).reshape(shards, -1)
+                                        for x in programs.view(job, state))
+      view = slots.View(row, held, head[:, 0], owner)
       if watch is not None:
         finished = slots.finished(before, view, num_rows)
         watch(Progress(
@@ -164,6 +183,9 @@ def make_sample_fn(
             cache_bytes=sum(x.nbytes for x in jax.tree.leaves(
                 (state.pages, active.pages)))))
       done = np.all(view.next == num_rows) and np.all(view.row == num_rows)
+      layout = None if done else slots.layout(view, num_rows, PAGE)
+      if layout is not None:
+        state = programs.relay(place(layout), state)
     return programs.end(prompts, state)
 
   return sample
@@ -191,7 +213,8 @@ def _place(plan: Any, batch: Any) -> Any:
   """Numbers of all shards, each shard's on its devices; rows run on."""
   flat = jax.tree.map(lambda x: np.asarray(x, np.int32).reshape(
       -1, *x.shape[2:]), plan)
-  return flat if batch is None else sharding.to_global(flat, batch)
+  return (jax.tree.map(jnp.asarray, flat) if batch is None else
+          sharding.to_global(flat, batch))
 
 
 def _read(read: Callable, place: Callable, state: decoding.State,
@@ -208,10 +231,17 @@ def _read(read: Callable, place: Callable, state: decoding.State,
   return tuple(x[real] for x in (numbers.reshape(-1)[places], tokens, lengths))
 
 
-def _make_programs(model: Any, group_size: int, cap: int,
-                   eos_ids: tuple[int, ...], pad_id: int, dtype: Any,
-                   shardings: Any, shards: int) -> _Programs:
-  """Compiles nothing yet: jit does, for each new set of shapes."""
+def make_programs(
+    model: Any, *, group_size: int, max_completion_length: int,
+    eos_ids: Sequence[int], pad_id: int, cache_dtype: Any,
+    backend: str | None, shardings: tuple[Any, Any, Any] | None) -> Programs:
+  """The programs of `make_sample_fn`, which has the same arguments.
+
+  Compiles nothing yet: jit does, for each new set of shapes.
+  """
+  cap = max_completion_length
+  dtype = jnp.dtype(cache_dtype or model.dtype)
+  shards = 1
   if shardings is None or shardings[2].mesh.size == 1:
     batch = whole = None
     alone = True
@@ -220,11 +250,13 @@ def _make_programs(model: Any, group_size: int, cap: int,
   else:
     batch = shardings[2]
     mesh, axes = batch.mesh, batch.spec[0]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     whole = sharding.replicated(mesh)
     # Devices of a tensor axis talk to one another within a step: there, each
     # shard makes the same number of steps.
     alone = shards == mesh.size
-    # Kernels want every axis named; a tensor axis is left to the compiler.
+    # Kernels want every axis named; a tensor axis is left to the compiler,
+    # which cuts none.
     names = set(mesh.axis_names if alone else axes)
 
     def spread(f, cut, donate=()):
@@ -233,6 +265,15 @@ def _make_programs(model: Any, group_size: int, cap: int,
       return jax.jit(jax.shard_map(
           f, mesh=mesh, in_specs=cut, out_specs=PartitionSpec(axes),
           axis_names=names, check_vma=False), donate_argnums=donate)
+
+  backend = backend if alone else 'xla'
+  pooled = pools.has_kernel(model.cache_shape(), dtype, backend)
+  setup = prefilling.Setup(model, group_size, tuple(eos_ids), PAGE, backend,
+                           alone, pooled)
+
+  def empty(num_pages):
+    form = pools if pooled else paging
+    return form.empty(num_pages * shards, PAGE, model.cache_shape(), dtype)
 
   def begin(prompts, key, temperature, top_p, top_k, budgets):
     num_prompts, prompt_slots = prompts.tokens.shape
@@ -247,7 +288,8 @@ def _make_programs(model: Any, group_size: int, cap: int,
                     each(top_k, jnp.int32))
     lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
     job = decoding.Job(jax.random.key_data(keys), how,
-                       jnp.clip(each(budgets, jnp.int32), 1, cap), lengths)
+                       jnp.clip(each(budgets, jnp.int32), 1, cap), lengths,
+                       jnp.zeros((num_prompts, 0), jnp.int32))
     return (prompts.tokens, mask), job, how.kind(), lengths
 
   def first_store(params, prompts, num_pages):
@@ -255,11 +297,11 @@ def _make_programs(model: Any, group_size: int, cap: int,
         lambda params: model.apply(
             {'params': params}, *jnp.zeros((2, 1, 1), jnp.int32),
             cache=paging.Prefill(jnp.ones((1, 1), jnp.int32)))[0], params)
-    return decoding.Store(
+    return prefilling.Store(
         jnp.zeros((prompts[0].shape[0], shape.shape[-1]), shape.dtype),
-        paging.empty(num_pages * shards, PAGE, model.cache_shape(), dtype))
+        empty(num_pages))
 
-  def first_state(hidden, num_slots, num_pages):
+  def first_state(hidden, num_slots, num_pages, num_columns):
     num_rows = hidden.shape[0] * group_size
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
     slots_, pages = num_slots * shards, num_pages * shards
@@ -268,13 +310,12 @@ def _make_programs(model: Any, group_size: int, cap: int,
         page=zeros(slots_) + num_pages,
         hidden=jnp.zeros((slots_, hidden.shape[1]), hidden.dtype),
         next=zeros(shards), owner=zeros(pages) + num_slots, base=zeros(pages),
-        pages=paging.empty(pages, PAGE, model.cache_shape(), dtype),
+        table=zeros(slots_, num_columns),
+        # A pool is that of the prompts.
+        pages=() if pooled else empty(num_pages),
         tokens=zeros(num_rows, cap) + pad_id,
         logprobs=jnp.zeros((num_rows, cap), jnp.float32),
         lengths=zeros(num_rows), counts=zeros(shards, 2))
-
-  def relay(layout, state):
-    return decoding.relay(state.lengths.shape[0], layout, state)
 
   def end(prompts, state):
     mask = jnp.arange(cap)[None] < state.lengths[:, None]
@@ -284,18 +325,21 @@ def _make_programs(model: Any, group_size: int, cap: int,
         completion_tokens=state.tokens, completion_mask=mask,
         action_mask=mask, sampler_logprobs=state.logprobs)
 
-  return _Programs(
+  held = spread(functools.partial(decoding.held, setup), 'cc')
+  return Programs(
+      pooled=pooled, shards=shards,
+      place=functools.partial(_place, batch=batch),
       begin=jax.jit(begin, out_shardings=(batch, batch, whole, whole)),
       first_store=jax.jit(first_store, static_argnums=2, out_shardings=batch),
-      first_state=jax.jit(first_state, static_argnums=(1, 2),
+      first_state=jax.jit(first_state, static_argnums=(1, 2, 3),
                           out_shardings=batch),
-      prefill=spread(functools.partial(decoding.prefill, model, alone),
-                     'wcccc', (4,)),
-      bring=spread(decoding.bring, 'cc'),
-      relay=spread(relay, 'cc'),
-      decode=spread(functools.partial(decoding.decode, model, group_size,
-                                      eos_ids, alone), 'wcccwc', (5,)),
-      view=jax.jit(lambda state: (state.row, state.t, state.next, state.owner,
-                                  state.counts), out_shardings=whole),
+      prefill=spread(functools.partial(prefilling.prefill, setup), 'wcccc',
+                     (4,)),
+      bring=spread(prefilling.bring, 'cc'),
+      relay=spread(functools.partial(decoding.relay, setup), 'cc'),
+      decode=spread(functools.partial(decoding.decode, setup), 'wcccwc', (5,)),
+      view=jax.jit(lambda job, state: (
+          state.row, held(job, state), state.next, state.owner, state.counts),
+                   out_shardings=whole),
       read=spread(lambda values, rows: values.at[rows].get(mode='clip'), 'cc'),
       end=jax.jit(end, out_shardings=batch))

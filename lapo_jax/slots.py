@@ -16,6 +16,7 @@ import numpy as np
 
 # Steps that a run should last before it lacks a page.
 _AHEAD = 16
+_NO_PAGE = 1 << 30
 # Slots go on as a fourth when no more are live, down to a few: fewer cost a
 # step next to nothing less, and each number is a program.
 _FEWER, _FEWEST = 4, 4
@@ -26,13 +27,13 @@ class View(NamedTuple):
 
   Attributes:
     row: [S, N], the completion in each slot; B = none.
-    t: [S, N], tokens that it has.
+    held: [S, N], tokens in its own pages; 0 = it has no page yet.
     next: [S], heads of the queues.
     owner: [S, Q], the slot of each page; N = free.
   """
 
   row: np.ndarray
-  t: np.ndarray
+  held: np.ndarray
   next: np.ndarray
   owner: np.ndarray
 
@@ -117,7 +118,7 @@ def prefill_batches(store: Store,
     prompts = np.full((shards, rows), count)
     part = order[:, start:start + rows]
     prompts[:, :part.shape[1]] = part
-    pages = np.full((shards, rows, width), store.size)
+    pages = np.full((shards, rows, width), _NO_PAGE)
     for shard, row in np.ndindex(*part.shape):
       here = part[shard, row]
       used = store.counts[shard, here]
@@ -125,6 +126,14 @@ def prefill_batches(store: Store,
     found.append((prompts, pages))
     start += rows
   return found
+
+
+def prompt_pages(store: Store) -> np.ndarray:
+  """[S, P, F], the pages of each prompt in order; what follows is no page."""
+  width = size(int(store.counts.max()))
+  number = np.arange(width)
+  return np.where(number < store.counts[..., None],
+                  store.starts[..., None] + number, 0)
 
 
 def first_view(shards: int, num_slots: int, num_rows: int) -> View:
@@ -144,7 +153,7 @@ def layout(view: View, num_rows: int, page_size: int) -> Layout | None:
   while not waiting.any() and num_live.max() <= slots // _FEWER >= _FEWEST:
     slots //= _FEWER
 
-  left = page_size - view.t % page_size
+  left = page_size - view.held % page_size
   # A slot at a page's first token lacks that page.
   soon = live & ((left == page_size) | (left <= _AHEAD))
   fresh = np.minimum(num_slots - num_live, waiting)
@@ -164,8 +173,10 @@ def layout(view: View, num_rows: int, page_size: int) -> Layout | None:
 
 
 def ready(view: View, old: Ready | None, store: Store, group_size: int,
-          num_rows: int, fewer: bool) -> Ready | None:
+          num_rows: int, fewer: bool, pooled: bool) -> Ready | None:
   """Prompts for what is live and what starts next; None = as they are.
+
+  In a pool all are ready where they lie, and none is listed.
 
   Args:
     view: where the shards stand.
@@ -174,7 +185,12 @@ def ready(view: View, old: Ready | None, store: Store, group_size: int,
     group_size: G.
     num_rows: B.
     fewer: whether fewer slots go on, for which fewer prompts may do.
+    pooled: whether the pages lie in a pool.
   """
+  if pooled:
+    none = np.zeros((len(view.next), 1), int)
+    return None if old else Ready(none, none, none, none,
+                                  np.full(len(view.next), num_rows))
   live = view.row < num_rows
   idle = live.shape[1] - live.sum(axis=1)
   waiting = num_rows - view.next

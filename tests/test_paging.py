@@ -50,9 +50,10 @@ def case():
 def pages(tokens, keys, dtype=jnp.float32):
   """[Q, W, K, E] tokens as pages, written whole."""
   count = len(tokens)
-  blank = paging.empty(count, W, (1, K, E), jnp.dtype(dtype))[0][not keys]
-  return paging.fill(blank, jnp.arange(count)[:, None], jnp.asarray(tokens),
-                     keys)
+  blank = paging.empty(count, W, (1, K, E), jnp.dtype(dtype))
+  filled = paging.fill(blank, jnp.arange(count)[:, None],
+                       ((jnp.asarray(tokens),) * 2,))
+  return filled[0][not keys]
 
 
 def oracle(queries, prompts, own):

@@ -5,14 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import pooled
 
-from lapo_jax import grpo, sampling, sharding, slots, types
+from lapo_jax import grpo, pools, sampling, sharding, slots, types
 from lapo_jax.models import qwen2
 
 P, G, CAP, EOS = 6, 4, 80, (1, 2)
 ROWS = P * G
-# One page and a little, one token, nothing, more than two pages.
-LENGTHS = np.array([40, 1, 0, 70, 5, 32])
+# A part of a page, one token, nothing, a page and a little, a page, half one.
+LENGTHS = np.array([40, 1, 0, 70, 64, 32])
 
 
 def make_prompts(lengths=LENGTHS, slots_=72):
@@ -64,9 +65,38 @@ def test_the_number_of_slots_changes_nothing(
   assert max(p.num_slots for p in seen) == min(num_slots, ROWS)
 
 
+@pytest.fixture
+def in_a_pool(monkeypatch):
+  """Pages lie as for a TPU's kernel, and XLA reads them."""
+  monkeypatch.setattr(pools, 'has_kernel',
+                      lambda shape, dtype, backend: backend != 'xla')
+  monkeypatch.setattr(pools, 'attend', pooled.attend)
+
+
+@pytest.mark.parametrize('num_slots', [1, 7])
+def test_a_pool_of_pages_changes_nothing(
+    tiny_model, tiny_params, budgets, all_at_once, in_a_pool, num_slots):
+  rollout = host(make(tiny_model, num_slots=num_slots)(
+      tiny_params, make_prompts(), jax.random.key(3), 1.0, budgets=budgets))
+  assert_same(rollout, all_at_once)
+
+
+def test_shards_have_pools_of_their_own(tiny_model, tiny_params, budgets,
+                                        all_at_once, in_a_pool):
+  shards_have_queues_of_their_own(tiny_model, tiny_params, budgets,
+                                  all_at_once, [dict(data=2)])
+
+
 def test_data_shards_have_queues_of_their_own(tiny_model, tiny_params, budgets,
                                               all_at_once):
-  for axes in (dict(data=2), dict(data=3, tensor=2)):
+  shards_have_queues_of_their_own(
+      tiny_model, tiny_params, budgets, all_at_once,
+      [dict(data=2), dict(data=3, tensor=2)])
+
+
+def shards_have_queues_of_their_own(tiny_model, tiny_params, budgets,
+                                    all_at_once, meshes):
+  for axes in meshes:
     count = int(np.prod(list(axes.values())))
     mesh = sharding.make_mesh(**axes, fsdp=1, devices=jax.devices()[:count])
     batch, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
@@ -95,7 +125,7 @@ def test_each_completion_ends_at_its_budget(all_at_once, budgets):
 
 def test_log_probs_are_the_scored_ones_and_an_empty_prompt_is_its_pad(
     tiny_model, tiny_params, all_at_once):
-  assert all_at_once.prompt_mask.sum(-1)[::G].tolist() == [40, 1, 1, 70, 5, 32]
+  assert all_at_once.prompt_mask.sum(-1)[::G].tolist() == [40, 1, 1, 70, 64, 32]
   score = grpo.make_score_fn(tiny_model, temperature=1.0, microbatch_size=4)
   np.testing.assert_allclose(score(tiny_params, all_at_once),
                              all_at_once.sampler_logprobs, atol=1e-4)
