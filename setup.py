@@ -47,7 +47,12 @@ setuptools.setup(
     ],
     extras_require={
         'gpu': ['jax[cuda13]'],
+        # Compiles for TPUs on a machine without: python -m lapo_jax.plan.
+        'plan': ['libtpu'],
         'tpu': ['jax[tpu]'],
-        'test': ['beartype>=0.19', 'pytest>=8.0', 'ruff>=0.12'],
+        'colab': ['ipykernel>=6.29', 'ipywidgets>=8.1'],
+        'test': ['beartype>=0.19', 'hypothesis>=6.130', 'ipykernel>=6.29',
+                 'ipywidgets>=8.1', 'nbclient>=0.10', 'pytest>=8.0',
+                 'ruff>=0.12'],
     },
 )

@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file is a plug-in by its name, and its mistakes are told apart."""
 
+import json
+import pathlib
+import re
+import sys
 import textwrap
 
+import jax
+import numpy as np
 import pytest
+from test_main import forget
 
-from lapo_jax import plugins, types
+from lapo_jax import main, plugins, types
+
+_ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
   """Writes a module onto the import path."""
   monkeypatch.syspath_prepend(tmp_path)
-  return lambda name, text: (tmp_path / f'{name}.py').write_text(
+  before = set(sys.modules)
+  yield lambda name, text: (tmp_path / f'{name}.py').write_text(
       textwrap.dedent(text))
+  # Another test's module of the same name is another file.
+  for name in set(sys.modules) - before:
+    if name.partition('.')[0].endswith('_lab'):
+      del sys.modules[name]
 
 
 def test_names_are_the_files():
@@ -66,3 +80,52 @@ def test_a_missing_requirement_is_not_a_missing_plugin(tmp_path, write,
   write(f'needy_lab/of_{missing}', f'import {missing}\ndef make(): pass')
   with pytest.raises(ModuleNotFoundError, match=missing):
     plugins.module('rewards', f'needy_lab.of_{missing}')
+
+
+@pytest.fixture
+def readme_method(tmp_path, write):
+  """The name of the method that the README shows, now a file."""
+  shown = re.search(r'```python\n# my_lab/my_reward.py\n(.+?)```',
+                    (_ROOT / 'README.md').read_text(), re.DOTALL)[1]
+  (tmp_path / 'my_lab').mkdir()
+  write('my_lab/my_reward', shown)
+  return 'my_lab.my_reward'
+
+
+def test_the_readmes_method_by_hand(readme_method):
+  reward = plugins.module('rewards', readme_method).reward
+  correct = np.array([[1, 0, 1, 0.25]], np.float32)
+  lengths = np.array([[100, 400, 200, 50]])
+  np.testing.assert_allclose(
+      reward(correct, lengths, beta=0.4), [[0.9, 0, 0.8, 0.25]], rtol=1e-6)
+  slope = jax.grad(lambda x: reward(correct, x).sum())(lengths * 1.0)
+  assert np.isfinite(slope).all()
+
+
+def test_a_file_of_ones_own_trains(readme_method, model_folder, compile_cache,
+                                   tmp_path, monkeypatch):
+  for name, value in compile_cache.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.chdir(_ROOT)
+  monkeypatch.setattr(sys, 'argv', [
+      'lapo_jax', '--config=tests/toys/config.py',
+      f'--workdir={tmp_path / "run"}', f'--config.model.path={model_folder}',
+      f'--config.reward.name={readme_method}', '--config.reward.beta=0.25',
+      '--config.total_steps=2', '--config.eval_every=9'])
+  forget()
+  try:
+    with pytest.raises(SystemExit) as stop:
+      main.run()
+  finally:
+    forget()
+  assert stop.value.code in (0, None)
+  steps = [json.loads(line) for line in
+           (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  steps = [step for step in steps if 'update/loss' in step]
+  assert len(steps) == 2
+  for step in steps:
+    # The longest right answer pays 0.25 at most, wrong ones nothing.
+    assert -0.25 * step['outcome/correct'] <= step['reward/length'] < 0
+    assert step['update/grad_norm'] > 0
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert config['reward'] == {'name': readme_method, 'beta': 0.25}

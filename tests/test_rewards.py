@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's laws, tried on every file of `rewards/`; none is listed."""
+"""The contract's laws, tried on every file of `rewards/`; none is listed.
+
+Those that hold of whatever groups are in `test_properties`.
+"""
 
 import functools
 import inspect
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +37,7 @@ ARGUMENTS = {
     'efforts': np.full(P, 0.75, np.float32),
     'alignment': np.full((P, G), 0.25, np.float32),
     'repeated': np.full((P, G), 0.125, np.float32),
+    'scores': np.full((P, G), -0.5, np.float32),
     'strength': 0.2,
 }
 
@@ -130,23 +135,6 @@ def test_jit_changes_nothing(name, method, how):
                plain, expected)
 
 
-@pytest.mark.parametrize('how', GRADES)
-def test_the_order_within_a_group_does_not_matter(name, method, how):
-  outcomes, state = graded(method, how), method.init(N)
-  order = np.random.default_rng(5).permutation(G)
-  shuffle = lambda tree: jax.tree.map(lambda x: x[:, order], tree)
-  shuffled = outcomes.replace(
-      correct=outcomes.correct[:, order], lengths=outcomes.lengths[:, order],
-      truncated=outcomes.truncated[:, order], extras=shuffle(outcomes.extras))
-  rewards, new_state = step(name)(outcomes, state)
-  other, other_state = step(name)(shuffled, state)
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-  close(other.total, rewards.total[:, order])
-  if rewards.keep is not None:
-    np.testing.assert_array_equal(other.keep, rewards.keep[:, order])
-  jax.tree.map(close, other_state, new_state)
-
-
 def test_memory_keeps_its_structure_and_owns_its_buffers(method):
   state = method.init(N)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -156,17 +144,6 @@ def test_memory_keeps_its_structure_and_owns_its_buffers(method):
   for how in GRADES:
     _, state = donating(graded(method, how), state)
     assert shapes(state) == expected
-
-
-def test_groups_do_not_see_one_another(name, method):
-  outcomes, state = graded(method), method.init(N)
-  rewards, _ = step(name)(outcomes, state)
-  changed = outcomes.replace(
-      correct=outcomes.correct.at[1].set(1 - outcomes.correct[1]),
-      lengths=outcomes.lengths.at[1].set(1))
-  other, _ = step(name)(changed, state)
-  for name, term in rewards.terms.items():
-    np.testing.assert_array_equal(other.terms[name][::2], term[::2])
 
 
 def test_instruct_takes_memory_from_the_host(method):
@@ -233,19 +210,73 @@ def test_sweeping_a_number_compiles_nothing(name):
   assert reward._cache_size() == before
 
 
-def test_wrong_shapes_are_told_without_the_type_checker(name):
+@pytest.fixture
+def unchecked():
+  """As for users, who do not run under the type checker."""
+  jaxtyping.config.update('jaxtyping_disable', True)
+  yield
+  jaxtyping.config.update('jaxtyping_disable', False)
+
+
+def test_wrong_shapes_are_told_at_trace_time(name, unchecked):
   reward = plugins.module('rewards', name).reward
   correct, lengths, *rest = arguments(name, np.random.default_rng(0))
-  jaxtyping.config.update('jaxtyping_disable', True)
-  try:
-    with pytest.raises(ValueError, match=r'\(3, 8\).*\(3, 1\)'):
-      reward(correct, lengths[:, :1], *rest)
-    for i, value in enumerate(rest):
-      if np.ndim(value):
-        with pytest.raises(ValueError, match=r'\(1,.*\(3|\(3,.*\(1,'):
-          reward(correct, lengths, *rest[:i], value[:1], *rest[i + 1:])
-  finally:
-    jaxtyping.config.update('jaxtyping_disable', False)
+  traced = lambda *values: jax.eval_shape(jax.jit(reward), *values)
+  with pytest.raises(ValueError, match=r'correct.*\(3, 8\).*ths \(3, 1\)'):
+    traced(correct, lengths[:, :1], *rest)
+  with pytest.raises(ValueError, match=r'correct.*\(8,\), lengths \(8,\)'):
+    traced(correct[0], lengths[0], *rest)
+  for i, value in enumerate(rest):
+    if np.ndim(value):
+      with pytest.raises(ValueError, match=r'\(1,.*\(3|\(3,.*\(1,'):
+        traced(correct, lengths, *rest[:i], value[:1], *rest[i + 1:])
+
+
+def test_what_is_no_number_is_told(name, unchecked):
+  reward = plugins.module('rewards', name).reward
+  correct, lengths, *rest = arguments(name, np.random.default_rng(0))
+  with pytest.raises(ValueError, match='correct is a list.*numpy.asarray'):
+    reward(correct.tolist(), lengths, *rest)
+  with pytest.raises(ValueError, match='lengths is a list'):
+    reward(correct, lengths.tolist(), *rest)
+  with pytest.raises(ValueError, match='lengths is bool.*the order is'):
+    reward(lengths, correct > 0, *rest)
+  with pytest.raises(ValueError, match='correct is complex64.*real numbers'):
+    reward(correct.astype(np.complex64), lengths, *rest)
+
+
+def test_grades_may_be_of_any_kind(name):
+  reward = plugins.module('rewards', name).reward
+  correct, lengths, *rest = arguments(name, np.random.default_rng(0))
+  np.testing.assert_allclose(reward(correct > 0, lengths, *rest),
+                             reward(correct, lengths, *rest), rtol=1e-6,
+                             atol=1e-6)
+  for dtype in (np.int8, np.float16, jnp.bfloat16):
+    found = jax.eval_shape(reward, correct.astype(dtype), lengths, *rest)
+    assert found.shape == (P, G) and found.dtype == jnp.float32
+
+
+def public_functions(name):
+  module = plugins.module('rewards', name)
+  return [(key, value) for key, value in vars(module).items()
+          if inspect.isfunction(inspect.unwrap(value)) and
+          value.__module__ == module.__name__ and not key.startswith('_')]
+
+
+def test_every_public_docstring_tells_all(name):
+  for key, function in public_functions(name):
+    doc = function.__doc__
+    told = [line.strip().split(':')[0] for line in doc.splitlines()
+            if line.startswith('    ')]
+    for argument in inspect.signature(function).parameters.values():
+      stars = '**' if argument.kind is inspect.Parameter.VAR_KEYWORD else ''
+      assert stars + argument.name in told, f'{key}: {argument.name}'
+    if isinstance(function, type(jax.jit(len))):
+      # Formula, shape, unit, paper, errors.
+      for part in ('https://', '[P', 'Raises:\n    ValueError'):
+        assert part in doc.replace('[B', '[P'), key
+      assert any(sign in doc for sign in '=←≥/'), key
+      assert 'lengths' not in told or 'tokens' in doc, key
 
 
 def test_only_listed_methods_let_a_wrong_one_win(name, method):
@@ -265,3 +296,13 @@ def test_only_listed_methods_let_a_wrong_one_win(name, method):
 
 def test_the_methods_of_the_list_exist():
   assert set(WRONG_MAY_WIN) <= set(plugins.names('rewards'))
+
+
+def test_the_readmes_lines_run():
+  block = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+  block = block.split('## As a library')[1].split('```python\n')[1]
+  names = {'correct': np.array([[1, 0, 1]]),
+           'lengths': np.array([[300, 400, 500]])}
+  exec(block.split('```')[0], names)
+  np.testing.assert_allclose(names['rewards'], [[2, -0.1, 1.8]], rtol=1e-6)
+  np.testing.assert_allclose(names['advantages'].sum(), 0, atol=1e-6)

@@ -11,19 +11,29 @@ Departures: none, this is the outcome reward of GRPO
 (https://arxiv.org/abs/2402.03300).
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
 def reward(correct: Shaped[Array, 'P G'],
            lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
-  """R = correct; the lengths are not read."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = correct, float32 [P, G]; the lengths are not read.
+
+  https://arxiv.org/abs/2402.03300
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return correct.astype(jnp.float32)
 
 

@@ -19,12 +19,12 @@ about as large as the advantage's own ε of 1e-4, which damps it: lower
 `advantage.eps` if it should count in full.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -34,15 +34,37 @@ def reward(
     *,
     beta: ScalarLike = 1e-7,
 ) -> Float[Array, 'P G']:
-  """R = c − β·l·max(p, 1/K), right or wrong."""
-  return correct.astype(jnp.float32) - beta * cost(correct, lengths)
+  """R = c − β·l·max(p, 1/K), right or wrong; float32 [P, G].
+
+  https://arxiv.org/abs/2506.05256
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    beta: β, penalty per token of a problem that is always solved.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  penalty = beta * cost(correct, lengths)
+  return correct.astype(jnp.float32) - penalty
 
 
 @jax.jit
 def cost(correct: Shaped[Array, 'P G'],
          lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
-  """l·max(p, 1/K)."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """l·max(p, 1/K), tokens, float32 [P, G]; p is the solve rate of K = G.
+
+  https://arxiv.org/abs/2506.05256
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   solved = jnp.mean(correct.astype(jnp.float32) > 0.5, axis=-1, keepdims=True)
   return lengths * jnp.maximum(solved, 1.0 / correct.shape[-1])
 

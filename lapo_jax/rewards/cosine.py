@@ -23,12 +23,12 @@ the best that can be done about a problem without a solution in sight.
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -44,8 +44,25 @@ def reward(
     wrong_long: ScalarLike = -0.5,
     exceed: ScalarLike = -0.5,
 ) -> Float[Array, 'P G']:
-  """long + ½·(short − long)·(1 + cos(π·min(l, L)/L)); `exceed` if truncated."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = long + ½·(short − long)·(1 + cos(π·min(l, L)/L)), float32 [P, G].
+
+  https://arxiv.org/abs/2502.03373, appendix C.1.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    truncated: [P, G], true where no stop token came, None = nowhere.
+    cap: L, generation cap, tokens.
+    correct_short: of a right answer at length 0.
+    correct_long: at L tokens and beyond.
+    wrong_short: of a wrong answer at length 0.
+    wrong_long: at L tokens and beyond.
+    exceed: R where truncated.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths, truncated=truncated)
   share = 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(lengths / cap, 1.0)))
   between = lambda short, long: long + (short - long) * share
   found = jnp.where(correct.astype(jnp.float32) > 0.5,
@@ -53,7 +70,6 @@ def reward(
                     between(wrong_short, wrong_long))
   if truncated is None:
     return found
-  chex.assert_equal_shape([lengths, truncated], exception_type=ValueError)
   return jnp.where(truncated.astype(bool), exceed, found)
 
 

@@ -21,12 +21,12 @@ Departures:
   * A grade above ½ is correct.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -37,7 +37,20 @@ def reward(
     beta: ScalarLike = 0.2,
     eps: ScalarLike = 1e-8,
 ) -> Float[Array, 'P G']:
-  """A, the whole advantage: `accuracy_advantages` + β·`length_advantages`."""
+  """A = (c − μ)/(sd + ε) + β·A_len, the whole advantage, float32 [P, G].
+
+  https://arxiv.org/abs/2602.02099
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    beta: β of `length_advantages`.
+    eps: ε, added to the sd of grades and to that of tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return (accuracy_advantages(correct, eps=eps) +
           beta * length_advantages(correct, lengths, eps=eps))
 
@@ -45,7 +58,19 @@ def reward(
 @jax.jit
 def accuracy_advantages(correct: Shaped[Array, 'P G'], *,
                         eps: ScalarLike = 1e-8) -> Float[Array, 'P G']:
-  """(c − μ)/(sd + ε); 0 where c is the same in the whole group."""
+  """(c − μ)/(sd + ε), float32 [P, G]; 0 where c is the same in a whole group.
+
+  https://arxiv.org/abs/2602.02099. c is 1 above a grade of ½, sd is divided by
+  n.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    eps: ε.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct)
   return _standardised(_is_correct(correct),
                        jnp.ones(correct.shape, bool), eps)
 
@@ -57,8 +82,20 @@ def length_advantages(
     *,
     eps: ScalarLike = 1e-8,
 ) -> Float[Array, 'P G']:
-  """A_len = −ρ·(s − mean s) on correct completions, 0 on wrong ones."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """A_len = −ρ·(s − mean s) if correct, 0 if wrong; float32 [P, G].
+
+  https://arxiv.org/abs/2602.02099. s = sigmoid((l − μ_l)/(sd_l + ε)), ρ the
+  solve rate; statistics of the correct completions, sd divided by n.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    eps: ε, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   member = _is_correct(correct)
   solved = jnp.mean(member, axis=-1, keepdims=True)
   score = jax.nn.sigmoid(_standardised(lengths, member, eps))

@@ -27,12 +27,12 @@ Departures:
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @functools.partial(jax.jit, static_argnames=('difficulty_aware',))
@@ -47,19 +47,26 @@ def reward(
     easy_cap: ScalarLike = 2000,
     overlong: ScalarLike = 0.0,
 ) -> Float[Array, 'P G']:
-  """R = c within the limit, `overlong` beyond it if answered, else 0.
+  """R = c if l ≤ L, else `overlong` if answered, else 0; float32 [P, G].
+
+  https://arxiv.org/abs/2510.15110
 
   Args:
-    correct: the task's grade.
-    lengths: tokens.
-    truncated: generation stopped at the cap, None = nowhere; counts as beyond.
-    answered: the completion holds an answer, None = nowhere.
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    truncated: [P, G], generation stopped at the cap, None = nowhere; counts as
+      beyond.
+    answered: [P, G], the completion holds an answer, None = nowhere.
     cap: L, tokens.
     difficulty_aware: L is `easy_cap` where over half of the group is correct.
     easy_cap: tokens.
     overlong: reward of an answer beyond the limit.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths, truncated=truncated,
+                answered=answered)
   truncated = _known(truncated, lengths)
   answered = _known(answered, lengths)
   correct = correct.astype(jnp.float32)
@@ -107,5 +114,4 @@ def _known(facts: Shaped[Array, 'P G'] | None,
   """The facts as bool, false everywhere for None."""
   if facts is None:
     return jnp.zeros(lengths.shape, bool)
-  chex.assert_equal_shape([lengths, facts], exception_type=ValueError)
   return facts.astype(jnp.float32) > 0.5

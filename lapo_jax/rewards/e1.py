@@ -21,12 +21,12 @@ Good to know: a group whose lengths are equal earns nothing at r ≤ 1.
 
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -35,9 +35,20 @@ def reward(
     lengths: Num[Array, 'P G'],
     efforts: Num[Array, 'P'],
 ) -> Float[Array, 'P G']:
-  """R = c if l < r·T, else 0; T is the group's mean length."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
-  chex.assert_shape(efforts, lengths.shape[:1], exception_type=ValueError)
+  """R = c if l < r·T, else 0; T is the group's mean length; float32 [P, G].
+
+  https://arxiv.org/abs/2510.27042
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    efforts: [P], r, the share of T that each prompt states.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
+  _arrays.check_prompts(lengths, efforts=efforts)
   usual = ops.masked_mean(lengths, jnp.ones(lengths.shape, bool))
   return jnp.where(lengths < (efforts * usual)[:, None],
                    correct.astype(jnp.float32), 0.0)

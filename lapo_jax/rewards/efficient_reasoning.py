@@ -17,12 +17,12 @@ Good to know: the authors train with leave-one-out advantages:
 `advantage.baseline='leave_one_out'`, `advantage.scale='none'`.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -34,11 +34,24 @@ def reward(
     alpha: ScalarLike = 0.1,
     eps: ScalarLike = 1e-7,
 ) -> Float[Array, 'P G']:
-  """R = c·(1 − α·sigmoid((l − μ)/(sd + ε))), 0 where truncated."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = c·(1 − α·sigmoid((l − μ)/(sd + ε))), float32 [P, G].
+
+  https://arxiv.org/abs/2502.04463
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    truncated: [P, G], true where no stop token came; R is 0 there, and they
+      count for no statistic. None = nowhere.
+    alpha: α, the largest share of the reward that length may cost.
+    eps: ε, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths, truncated=truncated)
   correct = correct.astype(jnp.float32)
   if truncated is not None:
-    chex.assert_equal_shape([correct, truncated], exception_type=ValueError)
     correct = jnp.where(truncated, 0.0, correct)
   member = correct > 0.5
   mean = ops.masked_mean(lengths, member, keepdims=True)

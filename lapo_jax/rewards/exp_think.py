@@ -17,12 +17,12 @@ Departures:
   * A grade between 0 and 1 counts as correct above ½ and stays itself.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 # H of a problem without a correct completion yet: beyond every length.
 _NONE = 2**30
@@ -36,19 +36,24 @@ def reward(
     *,
     slack: ScalarLike = 0.3,
 ) -> Float[Array, 'P G']:
-  """R = c, but 0 beyond ⌊H·(1 + slack)⌋ tokens if correct.
+  """R = c, but 0 if correct and l > ⌊H·(1 + q)⌋; float32 [P, G].
+
+  https://arxiv.org/abs/2605.07501
 
   Args:
-    correct: the task's grade.
-    lengths: tokens.
-    records: the least correct length before this step, None = no record; the
-      group itself always enters.
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    records: [P], tokens, the least correct length before this step, None = no
+      record; the group itself always enters.
     slack: q.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
   best = shortest_correct(correct, lengths)
   if records is not None:
-    chex.assert_shape(records, lengths.shape[:1], exception_type=ValueError)
+    _arrays.check_prompts(lengths, records=records)
     best = jnp.minimum(best, records)
   correct = correct.astype(jnp.float32)
   # A float32 product may fall just short of the whole number that it is.
@@ -59,8 +64,18 @@ def reward(
 @jax.jit
 def shortest_correct(correct: Shaped[Array, 'P G'],
                      lengths: Num[Array, 'P G']) -> Int[Array, 'P']:
-  """The least correct length of each group; 2³⁰ where nothing is correct."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """min of l over the correct, tokens, int32 [P]; 2³⁰ where nothing is.
+
+  https://arxiv.org/abs/2605.07501
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   member = correct.astype(jnp.float32) > 0.5
   return jnp.min(jnp.where(member, lengths, _NONE), axis=-1).astype(jnp.int32)
 

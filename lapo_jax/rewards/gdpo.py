@@ -26,12 +26,12 @@ correct one beyond it.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @functools.partial(jax.jit, static_argnames=('conditioned',))
@@ -45,7 +45,22 @@ def reward(
     conditioned: bool = True,
     threshold: ScalarLike = 1.0,
 ) -> Float[Array, 'P G']:
-  """w_c·r_c + w_l·r_l, what GRPO would compare."""
+  """R = w_c·c + w_l·r_l, what GRPO would compare; float32 [P, G].
+
+  https://arxiv.org/abs/2601.05242
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    limit: L, tokens.
+    correct_weight: w_c.
+    length_weight: w_l.
+    conditioned: r_l asks for c ≥ t.
+    threshold: t.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   score = length_score(correct, lengths, limit=limit, conditioned=conditioned,
                        threshold=threshold)
   return (correct_weight * correct.astype(jnp.float32) +
@@ -61,8 +76,21 @@ def length_score(
     conditioned: bool = True,
     threshold: ScalarLike = 1.0,
 ) -> Float[Array, 'P G']:
-  """r_l: 1 within the limit, conditioned on c ≥ t, else 0."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """r_l = 1 if l ≤ L and, conditioned, c ≥ t, else 0; float32 [P, G].
+
+  https://arxiv.org/abs/2601.05242
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    limit: L, tokens.
+    conditioned: ask for c ≥ t.
+    threshold: t.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   earned = lengths <= limit
   if conditioned:
     earned &= correct.astype(jnp.float32) >= threshold

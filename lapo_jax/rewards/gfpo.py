@@ -23,12 +23,12 @@ A group whose short completions are all wrong teaches nothing.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 METRICS = ('length', 'efficiency')
 
@@ -36,8 +36,18 @@ METRICS = ('length', 'efficiency')
 @jax.jit
 def reward(correct: Shaped[Array, 'P G'],
            lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
-  """R = c; it is `kept` that reads the lengths."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = c, float32 [P, G]; it is `kept` that reads the lengths.
+
+  https://arxiv.org/abs/2508.09726
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return correct.astype(jnp.float32)
 
 
@@ -49,9 +59,21 @@ def kept(
     k: ScalarLike = 8,
     metric: str = 'length',
 ) -> Bool[Array, 'P G']:
-  """True on the k completions of each group that are learnt from."""
+  """True on the k least l, or largest c/l, of each group; bool [P, G].
+
+  https://arxiv.org/abs/2508.09726
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    k: completions to keep of each group.
+    metric: 'length', the shortest; 'efficiency', the most reward per token.
+
+  Raises:
+    ValueError: at trace time, other shapes, dtypes or choices.
+  """
   _check_metric(metric)
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
   lengths = lengths.astype(jnp.float32)
   # A length of 0 would make 0/0 of a wrong completion.
   efficiency = correct.astype(jnp.float32) / jnp.maximum(lengths, 1.0)

@@ -23,12 +23,12 @@ Departures:
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 # h of a problem without a correct completion yet: beyond every length.
 _NONE = 2**30
@@ -43,7 +43,20 @@ def reward(
     weight: ScalarLike = 1.0,
     worst: ScalarLike = -0.7,
 ) -> Float[Array, 'P G']:
-  """R = c + w·`length_score`; a history of 0 is none."""
+  """R = c + w·f, f as `length_score`; float32 [P, G].
+
+  https://arxiv.org/abs/2505.11225
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    history: [P], h, tokens of the shortest correct one so far, 0 = none.
+    weight: w.
+    worst: least f of a correct completion.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   score = length_score(correct, lengths, history, worst=worst)
   return correct.astype(jnp.float32) + weight * score
 
@@ -56,9 +69,21 @@ def length_score(
     *,
     worst: ScalarLike = -0.7,
 ) -> Float[Array, 'P G']:
-  """max(f, worst) if correct, min(f, 0) if wrong, 0 where history is 0."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
-  chex.assert_shape(history, lengths.shape[:1], exception_type=ValueError)
+  """f = cos(min(π/2·l/h, π)): max(f, worst) if correct, else min(f, 0).
+
+  https://arxiv.org/abs/2505.11225. Float32 [P, G]; 0 without a history.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    history: [P], h, tokens of the shortest correct one so far, 0 = none.
+    worst: least f of a correct completion.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
+  _arrays.check_prompts(lengths, history=history)
   known = (history > 0)[:, None]
   ratio = lengths / jnp.where(known, history[:, None], 1)
   score = jnp.cos(jnp.minimum(math.pi / 2 * ratio, math.pi))

@@ -37,12 +37,12 @@ reward.
 from collections.abc import Sequence
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -55,9 +55,22 @@ def reward(
     beta: ScalarLike = 4.0,
     cap: ScalarLike = 4096,
 ) -> Float[Array, 'P G']:
-  """f₂(b) within the budget, β·cos(πl/2L) − α·|l − b| beyond, 0 if wrong."""
-  chex.assert_equal_shape([correct, lengths, budgets],
-                          exception_type=ValueError)
+  """R = f₂(b) if l ≤ b, else β·cos(πl/2L) − α·|l − b|; 0 if wrong.
+
+  https://arxiv.org/abs/2507.15844. Float32 [P, G].
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    budgets: [P, G], b, tokens that open each completion's thinking.
+    alpha: α, penalty per token beyond the budget.
+    beta: β, the cosine's height.
+    cap: L, generation cap, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths, budgets=budgets)
   within = cosine(budgets, beta=beta, cap=cap)
   beyond = (cosine(lengths, beta=beta, cap=cap) -
             alpha * jnp.abs(lengths - budgets))
@@ -72,7 +85,19 @@ def cosine(
     beta: ScalarLike = 4.0,
     cap: ScalarLike = 4096,
 ) -> Float[Array, 'P G']:
-  """β·cos(πl / 2L): β at length 0, 0 at the cap."""
+  """β·cos(πl / 2L), float32 [P, G]: β at length 0, 0 at the cap.
+
+  https://arxiv.org/abs/2507.15844
+
+  Args:
+    lengths: [P, G], tokens.
+    beta: β.
+    cap: L, generation cap, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', lengths=lengths)
   return beta * jnp.cos(math.pi * lengths / (2.0 * cap))
 
 
@@ -85,8 +110,21 @@ def advantages(
     cap: ScalarLike = 4096,
     eps: ScalarLike = 1e-6,
 ) -> tuple[Float[Array, 'P G'], Float[Array, 'P G']]:
-  """The summands of A: against the group, and of the budget as such."""
-  chex.assert_equal_shape([rewards, budgets], exception_type=ValueError)
+  """The summands of A: (R − μ)/(sd + ε) and μ_b − f₂(b); float32 [P, G].
+
+  https://arxiv.org/abs/2507.15844
+
+  Args:
+    rewards: [P, G], R.
+    budgets: [P, G], b, tokens; those of one b share μ_b, their mean R.
+    beta: β of f₂.
+    cap: L, generation cap, tokens.
+    eps: ε; sd is divided by n − 1.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', rewards=rewards, budgets=budgets)
   rewards = rewards.astype(jnp.float32)
   everyone = jnp.ones(rewards.shape, bool)
   std = ops.masked_std(rewards, everyone, keepdims=True)

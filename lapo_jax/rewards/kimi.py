@@ -22,12 +22,12 @@ Good to know: the longest of a correct group loses w/2, so w ≤ 2 keeps every
 correct completion at or above the wrong ones.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -37,7 +37,18 @@ def reward(
     *,
     weight: ScalarLike = 1.0,
 ) -> Float[Array, 'P G']:
-  """R = c + w·λ if correct, c + w·min(0, λ) if wrong."""
+  """R = c + w·λ if correct, c + w·min(0, λ) if wrong; float32 [P, G].
+
+  https://arxiv.org/abs/2501.12599
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    weight: w.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   score = length_score(correct, lengths)
   return correct.astype(jnp.float32) + weight * score
 
@@ -45,8 +56,18 @@ def reward(
 @jax.jit
 def length_score(correct: Shaped[Array, 'P G'],
                  lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
-  """λ from ½ for the shortest to −½ for the longest; at most 0 if wrong."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """λ = ½ − (l − l_min)/(l_max − l_min), min(0, λ) if wrong.
+
+  https://arxiv.org/abs/2501.12599. Float32 [P, G]; 0 in a group of one length.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   lengths = lengths.astype(jnp.float32)
   least = jnp.min(lengths, axis=-1, keepdims=True)
   width = jnp.max(lengths, axis=-1, keepdims=True) - least

@@ -25,12 +25,12 @@ Good to know:
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 MODES = ('exact', 'maximum', 'mixed')
 SLOPES = ('paper', 'code')
@@ -46,7 +46,22 @@ def reward(
     alpha: ScalarLike = 3e-4,
     slope: str = 'paper',
 ) -> Float[Array, 'P G']:
-  """`exact`, `maximum`, or for 'mixed' the one that each n stands for."""
+  """R of `exact`, of `maximum`, or for 'mixed' of what each n stands for.
+
+  https://arxiv.org/abs/2503.04697. Float32 [P, G]: c − α·|n − l| or
+  c·clip(α·(n − l) + ½, 0, 1).
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    target_lengths: [P], n, tokens that each prompt states.
+    mode: 'exact' | 'maximum' | 'mixed', where an odd n is a maximum.
+    alpha: α, per token.
+    slope: of the maximum: 'paper' | 'code', which halves α.
+
+  Raises:
+    ValueError: at trace time, other shapes, dtypes or choices.
+  """
   _check_choices(mode, slope)
   if mode == 'exact':
     return exact(correct, lengths, target_lengths, alpha=alpha)
@@ -66,7 +81,19 @@ def exact(
     *,
     alpha: ScalarLike = 3e-4,
 ) -> Float[Array, 'P G']:
-  """R = c − α·|n − l|, on wrong completions too."""
+  """R = c − α·|n − l|, on wrong completions too; float32 [P, G].
+
+  https://arxiv.org/abs/2503.04697, LCPO-Exact.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    target_lengths: [P], n, tokens that each prompt states.
+    alpha: α, per token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   spare = _spare_tokens(correct, lengths, target_lengths)
   return correct.astype(jnp.float32) - alpha * jnp.abs(spare)
 
@@ -80,7 +107,20 @@ def maximum(
     alpha: ScalarLike = 3e-4,
     slope: str = 'paper',
 ) -> Float[Array, 'P G']:
-  """R = c·clip(α·(n − l) + ½, 0, 1); the code halves α."""
+  """R = c·clip(α·(n − l) + ½, 0, 1), float32 [P, G].
+
+  https://arxiv.org/abs/2503.04697, LCPO-Max.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    target_lengths: [P], n, tokens that each prompt states.
+    alpha: α, per token.
+    slope: 'paper' | 'code', which halves α.
+
+  Raises:
+    ValueError: at trace time, other shapes, dtypes or choices.
+  """
   _check_choices('maximum', slope)
   spare = _spare_tokens(correct, lengths, target_lengths)
   steepness = alpha if slope == 'paper' else alpha / 2.0
@@ -132,9 +172,8 @@ def make(
 def _spare_tokens(correct: Shaped[Array, 'P G'], lengths: Num[Array, 'P G'],
                   target_lengths: Num[Array, 'P']) -> Float[Array, 'P G']:
   """n − l."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
-  chex.assert_shape(target_lengths, lengths.shape[:1],
-                    exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
+  _arrays.check_prompts(lengths, target_lengths=target_lengths)
   return (target_lengths[:, None] - lengths).astype(jnp.float32)
 
 

@@ -36,12 +36,12 @@ Good to know:
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 STAGES = ('discovery', 'internalisation')
 GUIDANCES = ('exact', 'range', 'outside', 'implicit')
@@ -56,7 +56,20 @@ Memory = dict[str, jax.Array]
 def reward(correct: Shaped[Array, 'P G'], lengths: Num[Array, 'P G'],
            target_lengths: Num[Array, 'P'] | None = None,
            **settings: ScalarLike) -> Float[Array, 'P G']:
-  """`internalisation` if target lengths are given, else `discovery`."""
+  """R of `internalisation` if target lengths are given, else of `discovery`.
+
+  https://arxiv.org/abs/2507.15758. Float32 [P, G]: c + β·exp(−(l − n)²/2σ²) or
+  c + α·max(0, 1 − d/slope), for the correct.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    target_lengths: [P], n, tokens that each prompt states.
+    **settings: those of the one or the other.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   if target_lengths is None:
     return discovery(correct, lengths, **settings)
   return internalisation(correct, lengths, target_lengths, **settings)
@@ -72,10 +85,22 @@ def discovery(
     high: ScalarLike = 0.7,
     slope: ScalarLike = 100.0,
 ) -> Float[Array, 'P G']:
-  """R = correct + α·max(0, 1 − d/slope) for the correct, else R = correct.
+  """R = c + α·max(0, 1 − d/slope) if correct, else c; float32 [P, G].
 
-  d is the distance in tokens to the group's band: the quantiles `low` to
-  `high` of its correct lengths, linearly interpolated; 0 inside.
+  https://arxiv.org/abs/2507.15758. d is the distance in tokens to the group's
+  band: the quantiles `low` to `high` of its correct lengths, linearly
+  interpolated; 0 inside.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    alpha: α.
+    low: quantile of the correct lengths where the band begins.
+    high: quantile where it ends.
+    slope: tokens outside the band over which its reward falls to 0.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
   band = _band_score(correct, lengths, low, high, slope)
   return correct.astype(jnp.float32) + alpha * band
@@ -90,7 +115,20 @@ def internalisation(
     beta: ScalarLike = 0.8,
     sigma: ScalarLike = 120.0,
 ) -> Float[Array, 'P G']:
-  """R = correct + β·exp(−(l − n)²/2σ²) for the correct, else R = correct."""
+  """R = c + β·exp(−(l − n)²/2σ²) if correct, else c; float32 [P, G].
+
+  https://arxiv.org/abs/2507.15758
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    target_lengths: [P], n, tokens that each prompt states.
+    beta: β.
+    sigma: σ, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   score = _target_score(correct, lengths, target_lengths, sigma)
   return correct.astype(jnp.float32) + beta * score
 
@@ -199,7 +237,7 @@ def _band_score(correct: Shaped[Array, 'P G'], lengths: Num[Array, 'P G'],
                 low: ScalarLike, high: ScalarLike,
                 slope: ScalarLike) -> Float[Array, 'P G']:
   """1 in the band of correct lengths, falling to 0 outside, 0 if wrong."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
   member = _is_correct(correct)
   begin = ops.masked_quantile(lengths, member, low)[:, None]
   end = ops.masked_quantile(lengths, member, high)[:, None]
@@ -211,9 +249,8 @@ def _target_score(correct: Shaped[Array, 'P G'], lengths: Num[Array, 'P G'],
                   target_lengths: Num[Array, 'P'],
                   sigma: ScalarLike) -> Float[Array, 'P G']:
   """A Gaussian of the distance to the target, 0 if wrong."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
-  chex.assert_shape(target_lengths, lengths.shape[:1],
-                    exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
+  _arrays.check_prompts(lengths, target_lengths=target_lengths)
   distance = (lengths - target_lengths[:, None]) / sigma
   return jnp.where(_is_correct(correct), jnp.exp(-(distance**2) / 2.0), 0.0)
 

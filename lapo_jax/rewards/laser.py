@@ -31,12 +31,12 @@ import collections
 from collections.abc import Iterator, Sequence
 import itertools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 VARIANTS = ('fixed', 'difficulty', 'exploration')
 
@@ -57,34 +57,49 @@ def reward(
     target: ScalarLike = 4096,
     bonus: ScalarLike = 0.5,
 ) -> Float[Array, 'P G']:
-  """The step reward.
+  """R = 1, −½ wrong but boxed, −1 unboxed; + bonus if correct and l ≤ L.
+
+  https://arxiv.org/abs/2505.15612. Float32 [P, G].
 
   Args:
-    correct: the task's grade.
-    lengths: tokens.
-    boxed: whether a completion has a box, None = all have.
-    target_lengths: L of each group, None = `target` for all.
-    explores: where a wrong, boxed completion longer than L gets the bonus
-      too, None = nowhere.
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    boxed: [P, G], whether a completion has a box, None = all have.
+    target_lengths: [P], L of each group, tokens, None = `target` for all.
+    explores: [P, G], where a wrong, boxed completion longer than L gets the
+      bonus too, None = nowhere.
     target: L, tokens.
     bonus: of a correct completion within L.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
+  _arrays.check('P G', correct=correct, lengths=lengths, boxed=boxed,
+                explores=explores)
   base = _base(correct, lengths, boxed)
   if target_lengths is None:
     target_lengths = jnp.full(lengths.shape[:1], target)
-  chex.assert_shape(target_lengths, lengths.shape[:1],
-                    exception_type=ValueError)
+  _arrays.check_prompts(lengths, target_lengths=target_lengths)
   within = lengths <= target_lengths[:, None]
   rewarded = (base == 1.0) & within
   if explores is not None:
-    chex.assert_equal_shape([lengths, explores], exception_type=ValueError)
     rewarded |= (base == -0.5) & ~within & explores.astype(bool)
   return base + jnp.where(rewarded, bonus, 0.0)
 
 
 @jax.jit
 def difficulty(correct: Shaped[Array, 'P G']) -> Int[Array, 'P']:
-  """0 easy, at least 2/3 correct; 1 medium, at least 1/3; 2 hard."""
+  """0 easy, ≥ 2/3 of the group correct; 1 medium, ≥ 1/3; 2 hard; int32 [P].
+
+  https://arxiv.org/abs/2505.15612
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct)
   thrice = 3 * jnp.sum(_is_correct(correct), axis=-1)
   group_size = correct.shape[-1]
   return (jnp.where(thrice >= group_size, 1, 2) -
@@ -97,6 +112,9 @@ def is_repetitive(words: Sequence[str]) -> bool:
   True if some n words come again in short distance (three times, in texts
   under 200 words twice), or if any 2n words come again; n is 4, in texts under
   100 words 3, under 30 words 2. n times the same word do not count.
+
+  Args:
+    words: of the text, in order.
   """
   total = len(words)
   if total <= 8:
@@ -179,9 +197,7 @@ def _is_correct(correct: Shaped[Array, 'P G']) -> Bool[Array, 'P G']:
 def _base(correct: Shaped[Array, 'P G'], lengths: Num[Array, 'P G'],
           boxed: Shaped[Array, 'P G'] | None) -> Float[Array, 'P G']:
   """1 if correct, −½ if wrong but boxed, −1 without a box."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
   boxed = jnp.ones(lengths.shape) if boxed is None else boxed
-  chex.assert_equal_shape([lengths, boxed], exception_type=ValueError)
   wrong = jnp.where(boxed.astype(jnp.float32) > 0.5, -0.5, -1.0)
   return jnp.where(_is_correct(correct), 1.0, wrong)
 

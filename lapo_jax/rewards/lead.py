@@ -36,12 +36,12 @@ length may come out above a correct one that is far from it.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 SHAPES = ('symmetric', 'asymmetric', 'over')
 STATISTICS = ('mean', 'median', 'min', 'all')
@@ -61,7 +61,22 @@ def reward(
     shape: str = 'symmetric',
     statistic: str = 'mean',
 ) -> Float[Array, 'P G']:
-  """λ_c·r_c + (1 − λ_c)·r_l with a fixed λ_c, before any normalisation."""
+  """R = λ_c·c + (1 − λ_c)·r_l with a fixed λ_c, before any normalisation.
+
+  https://arxiv.org/abs/2605.09806. Float32 [P, G].
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    correct_weight: λ_c.
+    low: least L*, tokens.
+    cap: largest L*, tokens.
+    shape: of r_l, see `length_score`.
+    statistic: L* of the lengths, see `length_score`.
+
+  Raises:
+    ValueError: at trace time, other shapes, dtypes or choices.
+  """
   score = length_score(correct, lengths, low=low, cap=cap, shape=shape,
                        statistic=statistic)
   return (correct_weight * correct.astype(jnp.float32) +
@@ -79,19 +94,24 @@ def length_score(
     statistic: str = 'mean',
     shortest: ScalarLike = 500,
 ) -> Float[Array, 'P G']:
-  """r_l in [−1, 1] of every completion, right or wrong.
+  """r_l = max(−1, 1 − |l − L*|/L*), right or wrong; float32 [P, G].
+
+  https://arxiv.org/abs/2605.09806
 
   Args:
-    correct: the task's grade.
-    lengths: tokens.
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
     low: least L*, tokens.
-    cap: largest L*, and L* where nothing is correct.
+    cap: largest L*, tokens, and L* where nothing is correct.
     shape: 'symmetric' max(−1, 1 − |l − L*|/L*). With x = 1 − l/L*: 'over'
       clip(x, −1, 0); 'asymmetric' max(0, x) if correct, or 0 if shorter than
       `shortest`, and clip(x, −1, 0) if wrong.
-    statistic: L* from the correct lengths, 'mean' | 'median' | 'min'; 'all',
+    statistic: L* of the correct lengths, 'mean' | 'median' | 'min'; 'all',
       the mean of all lengths.
     shortest: tokens under which 'asymmetric' suspects a completion.
+
+  Raises:
+    ValueError: at trace time, other shapes, dtypes or choices.
   """
   _check_choices(shape, statistic)
   member = _is_correct(correct, lengths)
@@ -116,17 +136,22 @@ def instability(
     power: ScalarLike = 1.0,
     eps: ScalarLike = 1e-8,
 ) -> Float[Array, '']:
-  """PSI = σ/(|μ| + ε) · (1 − (clip(μ, low, high) − low)/(high − low))^power.
+  """PSI = σ/(|μ| + ε)·(1 − (clip(μ, low, high) − low)/(high − low))^a.
+
+  https://arxiv.org/abs/2605.09806. Float32 [].
 
   Args:
-    values: a reward.
-    mask: completions that count; prompts without one are left out.
+    values: [P, G], a reward.
+    mask: [P, G], completions that count; prompts without one are left out.
     low: the reward's least value.
     high: its largest value.
     power: a.
     eps: ε.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
-  chex.assert_equal_shape([values, mask], exception_type=ValueError)
+  _arrays.check('P G', values=values, mask=mask)
   known = jnp.any(mask, axis=-1)
   means = ops.masked_mean(values, mask)
   variances = ops.masked_std(values, mask, ddof=0)**2
@@ -197,7 +222,7 @@ def _follow(state: Weights, psi: Weights, momentum: float,
 
 def _is_correct(correct: Shaped[Array, 'P G'],
                 lengths: Num[Array, 'P G']) -> Bool[Array, 'P G']:
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return correct.astype(jnp.float32) > 0.5
 
 

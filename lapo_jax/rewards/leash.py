@@ -21,12 +21,12 @@ Departures:
 Good to know: a correct completion twice as long as L loses λ.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -37,8 +37,20 @@ def reward(
     *,
     target: ScalarLike = 4000,
 ) -> Float[Array, 'P G']:
-  """R = clip(c − strength·max(0, l/target − 1), −1, 1)."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = clip(c − λ·max(0, l/L − 1), −1, 1), float32 [P, G].
+
+  https://arxiv.org/abs/2512.21540
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    strength: λ.
+    target: L, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   excess = jnp.maximum(lengths / target - 1.0, 0.0)
   return jnp.clip(correct.astype(jnp.float32) - strength * excess, -1.0, 1.0)
 
@@ -52,7 +64,21 @@ def next_strength(
     rate: ScalarLike = 0.05,
     most: ScalarLike = 1.0,
 ) -> Float[Array, '']:
-  """clip(λ + rate·mean(l/target − 1), 0, most)."""
+  """λ ← clip(λ + η·mean(l/L − 1), 0, λ_max), float32 [].
+
+  https://arxiv.org/abs/2512.21540
+
+  Args:
+    strength: λ.
+    lengths: [P, G], tokens through the stop token.
+    target: L, tokens.
+    rate: η.
+    most: λ_max.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', lengths=lengths)
   violation = jnp.mean(lengths / target - 1.0)
   return jnp.clip(strength + rate * violation, 0.0, most)
 

@@ -22,12 +22,12 @@ keys suits small n; an n of 40 compiles slowly.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -38,23 +38,39 @@ def reward(
     *,
     penalty: ScalarLike = -1.0,
 ) -> Float[Array, 'P G']:
-  """R = c + p·repeated, see `repeated_share`; the lengths are not read."""
-  chex.assert_equal_shape([correct, lengths, repeated],
-                          exception_type=ValueError)
+  """R = c + p·repeated, float32 [P, G]; the lengths are not read.
+
+  https://arxiv.org/abs/2502.03373, appendix C.2.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    repeated: [P, G], `repeated_share` of each completion.
+    penalty: p.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths, repeated=repeated)
   return correct.astype(jnp.float32) + penalty * repeated
 
 
 @functools.partial(jax.jit, static_argnames=('n',))
 def repeated_share(tokens: Int[Array, 'B T'], mask: Bool[Array, 'B T'],
                    n: int = 3) -> Float[Array, 'B']:
-  """1 − distinct / all n-grams of each row; 0 for a row shorter than n.
+  """1 − distinct / all n-grams, float32 [B]; 0 for a row shorter than n.
+
+  https://arxiv.org/abs/2502.03373, appendix C.2.
 
   Args:
-    tokens: the completions, right-padded.
-    mask: true on real tokens.
+    tokens: int [B, T], the completions, right-padded.
+    mask: bool [B, T], true on real tokens.
     n: tokens of an n-gram.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
-  chex.assert_equal_shape([tokens, mask], exception_type=ValueError)
+  _arrays.check('B T', tokens=tokens, mask=mask)
   windows = tokens.shape[1] - n + 1
   if windows < 1:
     return jnp.zeros(tokens.shape[:1], jnp.float32)

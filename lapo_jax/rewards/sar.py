@@ -25,12 +25,12 @@ Departures:
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -41,9 +41,20 @@ def reward(
     *,
     weight: ScalarLike = 0.2,
 ) -> Float[Array, 'P G']:
-  """R = c + w·alignment, see `self_alignment`; the lengths are not read."""
-  chex.assert_equal_shape([correct, lengths, alignment],
-                          exception_type=ValueError)
+  """R = c + w·alignment, float32 [P, G]; the lengths are not read.
+
+  https://arxiv.org/abs/2509.05489
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    alignment: [P, G], `self_alignment` of each completion.
+    weight: w.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths, alignment=alignment)
   return correct.astype(jnp.float32) + weight * alignment
 
 
@@ -53,15 +64,19 @@ def self_alignment(
     alone: Float[Array, 'B T'],
     mask: Bool[Array, 'B T'],
 ) -> Float[Array, 'B']:
-  """clip(1 − ppl(a|q)/ppl(a), −1, 1); 0 without a token.
+  """clip(1 − ppl(a|q)/ppl(a), −1, 1), float32 [B]; 0 without a token.
+
+  https://arxiv.org/abs/2509.05489. ppl = exp(−mean log π of the tokens).
 
   Args:
-    given_question: log-probs of the completions after their prompts.
-    alone: of the same tokens after the empty question.
-    mask: true on the tokens that count.
+    given_question: [B, T], log-probs of the completions after their prompts.
+    alone: [B, T], of the same tokens after the empty question.
+    mask: bool [B, T], true on the tokens that count.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
   """
-  chex.assert_equal_shape([given_question, alone, mask],
-                          exception_type=ValueError)
+  _arrays.check('B T', given_question=given_question, alone=alone, mask=mask)
   lost = ops.masked_mean(alone, mask) - ops.masked_mean(given_question, mask)
   # 1 − e^x ≥ −1 is x ≤ log 2: clipped where nothing can overflow.
   return -jnp.expm1(jnp.minimum(lost, math.log(2.0)))

@@ -20,12 +20,12 @@ Good to know:
     does β.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -36,8 +36,20 @@ def reward(
     alpha: ScalarLike = 2.0,
     beta: ScalarLike = 1e-3,
 ) -> Float[Array, 'P G']:
-  """R = α·c − β·|l − SOL|."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = α·c − β·|l − SOL|, float32 [P, G].
+
+  https://arxiv.org/abs/2504.21370. SOL is `optimal_lengths`.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    alpha: α, reward of a correct completion.
+    beta: β, penalty per token of distance to SOL.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   distance = jnp.abs(lengths - optimal_lengths(correct, lengths)[:, None])
   return alpha * correct.astype(jnp.float32) - beta * distance
 
@@ -45,8 +57,18 @@ def reward(
 @jax.jit
 def optimal_lengths(correct: Shaped[Array, 'P G'],
                     lengths: Num[Array, 'P G']) -> Float[Array, 'P']:
-  """SOL of each group, tokens."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """SOL = min of l over the correct, of none the mean of all; float32 [P].
+
+  https://arxiv.org/abs/2504.21370. In tokens.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   lengths = lengths.astype(jnp.float32)
   member = correct.astype(jnp.float32) > 0.5
   shortest = jnp.min(jnp.where(member, lengths, jnp.inf), axis=-1)

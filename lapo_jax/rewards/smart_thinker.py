@@ -22,18 +22,28 @@ Good to know: the mean penalty is at most the share of correct times the largest
 one, so Λ·pen ≤ 1 and no correct completion falls below the wrong ones' 0.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from lapo_jax import ops, types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
 def reward(correct: Shaped[Array, 'P G'],
            lengths: Num[Array, 'P G']) -> Float[Array, 'P G']:
-  """R = c − Λ·max(0, l − l*) if correct, else c."""
+  """R = c − Λ·max(0, l − l*) if correct, else c; float32 [P, G].
+
+  https://github.com/SJTU-RTEAS/SmartThinker
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   member = _is_correct(correct, lengths)
   excess = lengths - optimal_lengths(correct, lengths)[:, None]
   penalty = jnp.where(member, jnp.maximum(excess, 0.0), 0.0)
@@ -49,7 +59,18 @@ def reward(correct: Shaped[Array, 'P G'],
 @jax.jit
 def optimal_lengths(correct: Shaped[Array, 'P G'],
                     lengths: Num[Array, 'P G']) -> Float[Array, 'P']:
-  """l* of each group, tokens; the longest where nothing is correct."""
+  """l* = (v₂·μ₁ − v₁·μ₂)/(v₂ − v₁) within the group; tokens, float32 [P].
+
+  https://github.com/SJTU-RTEAS/SmartThinker. Index 1 is all completions, 2
+  the correct; the longest length where nothing is correct.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
   member = _is_correct(correct, lengths)
   everyone = jnp.ones(lengths.shape, bool)
   lengths = lengths.astype(jnp.float32)
@@ -82,5 +103,5 @@ def make() -> types.Reward:
 
 def _is_correct(correct: Shaped[Array, 'P G'],
                 lengths: Num[Array, 'P G']) -> Bool[Array, 'P G']:
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return correct.astype(jnp.float32) > 0.5

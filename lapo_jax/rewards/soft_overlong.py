@@ -19,12 +19,12 @@ Good to know: TRL adds no correctness, it has that as another reward; here the
 terms are apart and sum.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -36,8 +36,21 @@ def reward(
     buffer: ScalarLike = 4096,
     weight: ScalarLike = 1.0,
 ) -> Float[Array, 'P G']:
-  """R = c + w·p."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = c + w·p, float32 [P, G]; p is `punishment`.
+
+  https://arxiv.org/abs/2503.14476, equation 13.
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    cap: L, generation cap, tokens.
+    buffer: B, tokens before the cap.
+    weight: w.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   penalty = punishment(lengths, cap=cap, buffer=buffer)
   return correct.astype(jnp.float32) + weight * penalty
 
@@ -49,7 +62,19 @@ def punishment(
     cap: ScalarLike = 20480,
     buffer: ScalarLike = 4096,
 ) -> Float[Array, 'P G']:
-  """p: from 0 at `cap − buffer` tokens down to −1 at the cap and beyond."""
+  """p = clip((L − B − l)/B, −1, 0), float32 [P, G].
+
+  https://arxiv.org/abs/2503.14476, equation 13.
+
+  Args:
+    lengths: [P, G], tokens through the stop token.
+    cap: L, generation cap, tokens.
+    buffer: B, tokens before the cap.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', lengths=lengths)
   return jnp.clip((cap - buffer - lengths) / buffer, -1.0, 0.0)
 
 

@@ -22,12 +22,12 @@ Departures:
   * A grade between 0 and 1 stays itself where the formula says c.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, ScalarLike, Shaped
 
 from lapo_jax import types
+from lapo_jax.rewards import _arrays
 
 
 @jax.jit
@@ -37,8 +37,19 @@ def reward(
     *,
     cap: ScalarLike = 4000,
 ) -> Float[Array, 'P G']:
-  """R = c if l ≤ L, else 0."""
-  chex.assert_equal_shape([correct, lengths], exception_type=ValueError)
+  """R = c if l ≤ L, else 0; float32 [P, G].
+
+  https://arxiv.org/abs/2504.01296
+
+  Args:
+    correct: [P, G], grades in [0, 1]; bool, int or float.
+    lengths: [P, G], tokens through the stop token.
+    cap: L, tokens.
+
+  Raises:
+    ValueError: at trace time, other shapes or dtypes; both are named.
+  """
+  _arrays.check('P G', correct=correct, lengths=lengths)
   return jnp.where(lengths <= cap, correct.astype(jnp.float32), 0.0)
 
 

@@ -232,9 +232,9 @@ def test_wrong_shapes_are_named_without_the_type_checker():
   ones = jnp.ones((2, 3))
   jaxtyping.config.update('jaxtyping_disable', True)
   try:
-    with pytest.raises(ValueError, match=r'\(2, 3\), \(2, 1\)'):
+    with pytest.raises(ValueError, match=r'\(2, 3\), lengths \(2, 1\)'):
       lapo.reward(ones, ones[:, :1])
-    with pytest.raises(ValueError, match=r'shape \(3,\) but expected \(2'):
+    with pytest.raises(ValueError, match=r'target_lengths.*\(3,\).*\(2, 3\)'):
       lapo.reward(ones, ones, jnp.ones(3))
   finally:
     jaxtyping.config.update('jaxtyping_disable', False)
