@@ -21,6 +21,9 @@ Choices where papers are silent or libraries differ:
     spread keeps its rewards instead of being multiplied by 1/ε.
   * scale 'batch' keeps the group's baseline and divides by the sd over all
     kept rewards of the batch.
+  * TRL's RLOO may normalise over the batch: whiten 'completions'.
+  * What a group has to teach is asked of its correctness, never of a shaped
+    reward: a length term makes every group look informative.
 """
 
 import functools
@@ -28,7 +31,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num, ScalarLike, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, ScalarLike, Shaped
 
 from lapo_jax import ops, types
 
@@ -140,6 +143,51 @@ def from_rewards(
   elif whiten == 'tokens':
     advantages = _whiten_tokens(advantages, lengths, keep)
   return advantages
+
+
+@jax.jit
+def informative(
+    correct: Shaped[Array, 'P G'],
+    keep: Bool[Array, 'P G'] | None = None,
+) -> Bool[Array, 'P']:
+  """Groups whose correctness varies; DAPO's dynamic sampling draws others.
+
+  max_i c_i > min_i c_i,  over the kept completions
+
+  https://arxiv.org/abs/2503.14476
+
+  Args:
+    correct: the task's grades, unshaped.
+    keep: completions that count, None = all.
+  """
+  chex.assert_rank(correct, 2, exception_type=ValueError)
+  keep = jnp.ones(correct.shape, bool) if keep is None else keep
+  chex.assert_equal_shape([correct, keep], exception_type=ValueError)
+  correct = correct.astype(jnp.float32)
+  return (jnp.max(jnp.where(keep, correct, -jnp.inf), axis=-1) >
+          jnp.min(jnp.where(keep, correct, jnp.inf), axis=-1))
+
+
+@jax.jit
+def refill(kept: Bool[Array, 'P'], found: Bool[Array, 'P']) -> Int[Array, 'P']:
+  """Which group each place of the batch takes after another round of P.
+
+  Place p keeps its own, p, if that is informative; the others take the
+  informative ones of the round, P + q, in their order, while there are any.
+
+  Args:
+    kept: `informative` of the batch so far.
+    found: `informative` of the round.
+
+  Returns:
+    Indices into the 2·P groups of both.
+  """
+  chex.assert_equal_shape([kept, found], exception_type=ValueError)
+  turn = jnp.cumsum(~kept, dtype=jnp.int32) - 1
+  order = jnp.argsort(~found, stable=True).astype(jnp.int32)
+  own = jnp.arange(kept.shape[0], dtype=jnp.int32)
+  takes = ~kept & (turn < jnp.sum(found, dtype=jnp.int32))
+  return jnp.where(takes, kept.shape[0] + order[turn], own)
 
 
 def _whiten_tokens(advantages: Float[Array, 'P G'],

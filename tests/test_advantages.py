@@ -9,7 +9,12 @@ import pytest
 
 import lapo_jax
 from lapo_jax import types
-from lapo_jax.advantages import from_rewards, group_advantages
+from lapo_jax.advantages import (
+    from_rewards,
+    group_advantages,
+    informative,
+    refill,
+)
 
 SETTINGS = [dict(baseline=baseline, scale=scale)
             for baseline in ('mean', 'leave_one_out', 'none')
@@ -223,6 +228,44 @@ def test_nothing_to_learn_is_exactly_zero(value, whiten):
     np.testing.assert_array_equal(advantages, np.zeros((2, 4)))
 
 
+def test_a_group_that_varies_is_informative():
+  correct = jnp.array([[1, 1, 1], [0, 0, 0], [0, 1, 0], [0.35] * 3, [0.3, 0.35,
+                                                                    0.35]])
+  np.testing.assert_array_equal(informative(correct),
+                                [False, False, True, False, True])
+  keep = jnp.ones((5, 3), bool).at[2, 1].set(False).at[4].set(False)
+  np.testing.assert_array_equal(informative(correct, keep), [False] * 5)
+  # A length term varies in every group: not what is asked.
+  shaped = correct - jnp.array([[0.0, 0.1, 0.2]])
+  assert informative(shaped).all()
+
+
+@pytest.mark.parametrize('kept, found, expected', [
+    ('1010', '0101', [0, 4 + 1, 2, 4 + 3]),  # just enough
+    ('0010', '0100', [4 + 1, 1, 2, 3]),  # too few: the rest stays
+    ('1011', '1111', [0, 4, 2, 3]),  # too many: the first
+    ('1111', '1111', [0, 1, 2, 3]),
+    ('0000', '0000', [0, 1, 2, 3]),
+])
+def test_a_round_fills_the_places_that_teach_nothing(kept, found, expected):
+  flags = lambda text: jnp.array([digit == '1' for digit in text])
+  np.testing.assert_array_equal(refill(flags(kept), flags(found)), expected)
+
+
+def test_rounds_fill_the_batch_in_the_order_of_their_draw():
+  rng = np.random.default_rng(5)
+  taught = rng.random((6, 8)) < 0.3  # rounds of 8 groups
+  groups = np.arange(48).reshape(6, 8)
+  batch = groups[0]
+  for number in range(1, 6):
+    source = refill(jnp.asarray(taught.ravel()[batch]),
+                    jnp.asarray(taught[number]))
+    batch = np.concatenate([batch, groups[number]])[source]
+  chosen = batch[taught.ravel()[batch]]
+  first = np.flatnonzero(taught.ravel())[:8]
+  assert sorted(chosen) == sorted(first) and len(set(batch)) == 8
+
+
 def test_unknown_settings_name_the_legal_ones(rewards, lengths):
   with pytest.raises(ValueError, match="'median'.*'leave_one_out'"):
     group_advantages(rewards, baseline='median')
@@ -246,6 +289,8 @@ def test_wrong_shapes_are_named_without_the_type_checker(rewards, lengths,
     group_advantages(rewards, jnp.ones((4, 1), bool))
   with pytest.raises(ValueError, match=r'rank 1 \(shape \(24,\)\)'):
     group_advantages(rewards.reshape(-1))
+  with pytest.raises(ValueError, match=r'\(4, 6\), \(4, 1\)'):
+    informative(rewards, jnp.ones((4, 1), bool))
   with pytest.raises(ValueError, match=r'\(4, 6\), \(4,\)'):
     from_rewards(types.Rewards({'a': rewards}), lengths[:, 0])
 

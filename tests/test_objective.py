@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of the loss acts, refuses what it must, and packs."""
+
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_grpo import LENGTHS, B, L, T, make_batch, make_rollout
+
+from lapo_jax import checks, grpo, losses, objective, packing, plugins
+
+# The papers' own bounds with every other knob somewhere.
+SETTINGS = {
+    'dapo': {'clip_high': 0.28, 'dual_clip': 3.0},
+    'gspo': {'kind': 'gspo', 'clip_low': 3e-2, 'clip_high': 4e-2,
+             'kl_coef': 0.1, 'kl_ratio': True, 'importance_cap': 2.0,
+             'importance_level': 'sequence'},
+    'cispo': {'kind': 'cispo', 'clip_low': 1.0, 'clip_high': 4.0,
+              'kl_coef': 0.1, 'kl': 'k2', 'importance_cap': 1.2,
+              'importance_floor': 0.8, 'importance_outside': 'mask'},
+}
+
+
+@pytest.fixture(scope='module')
+def batch():
+  """Old and reference log-probs as those of `logprobs` might have been."""
+  rng = np.random.default_rng(3)
+  near = jnp.asarray(rng.normal(-4.2, 0.3, (B, T)), jnp.float32)
+  return make_batch().replace(old_logprobs=near, ref_logprobs=near - 0.1)
+
+
+@pytest.fixture(scope='module')
+def logprobs(batch):
+  noise = np.random.default_rng(4).normal(0, 0.5, (B, T))
+  return batch.old_logprobs + jnp.asarray(noise, jnp.float32)
+
+
+def gradient(logprobs, batch, **settings):
+  of = objective.make_objective_fn(**settings)
+  return jax.jit(jax.grad(lambda x: jnp.sum(batch.weights * of(x, batch)[0])))(
+      logprobs)
+
+
+def test_the_defaults_are_grpo(logprobs, batch):
+  mask = batch.rollout.action_mask
+  expected = jax.grad(lambda x: jnp.sum(batch.weights * (
+      losses.clipped_surrogate(x, batch.old_logprobs, batch.advantages, mask) +
+      0.1 * losses.k3_kl(x, batch.ref_logprobs, mask))))(logprobs)
+  np.testing.assert_allclose(gradient(logprobs, batch, kl_coef=0.1), expected,
+                             rtol=1e-5, atol=1e-8)
+
+
+BASE = {'dual_clip': 1.3, 'kl_coef': 0.1, 'importance_cap': 1.5,
+        'importance_floor': 0.5}
+
+
+@pytest.mark.parametrize('key, value', [
+    ('kind', 'gspo'), ('kind', 'cispo'), ('clip_low', 0.1), ('clip_high', 0.28),
+    ('dual_clip', 0.0), ('kl_coef', 0.2), ('kl', 'k1'), ('kl', 'k2'),
+    ('kl_ratio', True), ('importance_cap', 1.1), ('importance_cap', 0.0),
+    ('importance_floor', 0.9), ('importance_level', 'sequence'),
+    ('importance_outside', 'mask')])
+def test_no_knob_is_inert(logprobs, batch, key, value):
+  found = gradient(logprobs, batch, **BASE)
+  other = gradient(logprobs, batch, **{**BASE, key: value})
+  assert np.abs(found - other).max() > 1e-4
+
+
+def test_the_knobs_are_those_of_the_config():
+  config = importlib.import_module('configs.default').get_config()
+  knobs = inspect.signature(objective.make_objective_fn).parameters
+  assert {**config.loss} == {
+      **{key: knob.default for key, knob in knobs.items()},
+      'aggregate': 'sequence', 'drop_truncated': False}
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_old_log_probs_may_be_the_given_ones(logprobs, batch, name):
+  on_policy = batch.replace(old_logprobs=None)
+  np.testing.assert_allclose(
+      gradient(logprobs, on_policy, **SETTINGS[name]),
+      gradient(logprobs, batch.replace(old_logprobs=logprobs),
+               **SETTINGS[name]), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['gspo', 'cispo'])
+def test_packed_rows_have_the_same_sums(logprobs, batch, name):
+  lengths = (np.asarray(batch.rollout.prompt_mask).sum(-1) +
+             np.asarray(batch.rollout.completion_mask).sum(-1))
+  plan = packing.plan(lengths, most_slots=L + T, microbatch_size=1)
+  pack = packing.make_pack_fn()
+  packed = pack(batch, plan)
+  # The log-probs travel in the place of others.
+  packed_logprobs = pack(batch.replace(old_logprobs=logprobs),
+                         plan).old_logprobs
+  assert packed.weights.shape[0] < B
+  of = objective.make_objective_fn(**SETTINGS[name])
+
+  @jax.jit
+  def sums(x, batch):
+    per_token, found = of(x, batch)
+    return jax.tree.map(lambda y: jnp.sum(batch.weights * y),
+                        (per_token, found))
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+               sums(packed_logprobs, packed), sums(logprobs, batch))
+  np.testing.assert_allclose(
+      np.linalg.norm(gradient(packed_logprobs, packed, **SETTINGS[name])),
+      np.linalg.norm(gradient(logprobs, batch, **SETTINGS[name])), rtol=1e-5)
+
+
+def test_what_did_not_end_leaves_the_loss():
+  rollout = make_rollout()
+  last = np.maximum(np.asarray(LENGTHS) - 1, 0)
+  ended = np.arange(B) % 3 > 0
+  tokens = np.array(rollout.completion_tokens)
+  tokens[np.arange(B), last] = np.where(ended, 1 + np.arange(B) % 2, 5)
+  rollout = rollout.replace(completion_tokens=jnp.asarray(tokens))
+  advantages = jnp.ones((2, B // 2))
+  make = lambda **settings: grpo.make_batch_fn('token', **settings)(
+      rollout, advantages, T)
+  found = make(drop_truncated=True, eos_ids=(1, 2))
+  counted = ended & (np.asarray(LENGTHS) > 0)
+  np.testing.assert_array_equal((np.asarray(found.weights) > 0).any(1), counted)
+  np.testing.assert_allclose(found.weights.sum(), 1.0, rtol=1e-6)
+  # Off, the stop tokens are not asked for.
+  np.testing.assert_array_equal(make().weights, make(eos_ids=(1, 2)).weights)
+
+
+@pytest.mark.parametrize('key, value, match', [
+    ('kind', 'grpo', "loss.kind 'grpo'.*'gspo'"),
+    ('kl', 'k4', "loss.kl 'k4'.*'k2'"),
+    ('importance_level', 'row', "importance_level 'row'.*'sequence'"),
+    ('importance_outside', 'drop', "importance_outside 'drop'.*'mask'"),
+    ('importance_floor', 0.5, 'importance_floor 0.5.*cap 0.0'),
+    ('importance_floor', -1.0, 'importance_floor -1.0'),
+    ('dual_clip', 0.9, 'dual_clip 0.9.*such as 3'),
+    ('dual_clip', float('nan'), 'dual_clip nan.*above 1'),
+])
+def test_what_a_config_may_not_ask(key, value, match):
+  config = importlib.import_module('configs.default').get_config()
+  checks.choices(config)
+  config.loss[key] = value
+  with pytest.raises(ValueError, match=match):
+    checks.choices(config)
+
+
+def test_drpo_finds_the_cap_of_sampling():
+  config = importlib.import_module('configs.default').get_config('drpo')
+  config.rollout.max_completion_length = 77
+  assert config.reward.cap == 77
+  assert plugins.defaults('rewards', 'drpo')['length_scale'] == 0.1
