@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over whole rows and over pages of a cache, by backend.
+"""Attention over whole rows, by backend.
 
 Each function has one meaning, that of its XLA form, which runs everywhere.
 On TPUs and GPUs kernels that come with JAX compute the same without holding
 scores in memory; their results differ by rounding. Shapes that a kernel does
 not take get the XLA form, see each function.
 
-The compiler partitions the XLA form, never a kernel. For kernels on several
-devices call these inside `jax.shard_map(..., check_vma=False)`, rows split over
-one mesh axis, query heads and key heads alike over another: no row and no key
-head needs its neighbours.
+The compiler partitions the XLA form, never a kernel. On several devices call
+these inside `jax.shard_map(..., check_vma=False)`, rows split over one mesh
+axis, query heads and key heads alike over another: no row and no key head needs
+its neighbours. `Whole` does so, and cuts long rows too.
 
-Shapes: B rows, S slots, H query heads, K key heads, E head width; N rows that
-decode, J pages a row, W tokens a page.
+Shapes: B rows, S slots, H query heads, K key heads, E head width.
 """
 
 import functools
+import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
@@ -28,13 +30,10 @@ _BACKENDS = ('xla', 'tpu', 'gpu')
 _MASKED = -1e30
 # Scores per row and head that the XLA form holds at a time: 1,024 slots whole.
 _SCORES = 1 << 20
-# Slots or tokens in a block of the TPU's kernels, and the lanes it is made of.
+# Slots in a block of the TPU's kernels, and the lanes it is made of.
 _BLOCK, _LANES = 512, 128
-# Page numbers and lengths that one TPU kernel keeps, in ¾ of its 1 MiB.
-_ENTRIES = 3 << 16
-# Slots or tokens in a block of the GPU's kernels, and parts of a row that it
-# decodes side by side.
-_GPU_BLOCK, _GPU_SPLITS = 128, 8
+# Slots in a block of the GPU's kernels.
+_GPU_BLOCK = 128
 
 
 def causal(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B S K E'],
@@ -61,51 +60,83 @@ def causal(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B S K E'],
   Raises:
     ValueError: if the backend is none of these.
   """
-  width, dtype = queries.shape[-1], queries.dtype
   backend = _chosen(backend)
-  if backend == 'tpu' and width <= 256 and dtype in (jnp.bfloat16, jnp.float32):
-    return _splash(queries, keys, values, segments)
-  if backend == 'gpu' and _gpu_takes(width, dtype):
+  if _tpu_takes(backend, queries):
+    slots, block = _splash_slots(segments.shape[1])
+    queries, keys, values, padded = (
+        _pad_slots(x, slots) for x in (queries, keys, values, segments))
+    return _splash(_splash_kernel(queries.shape[2], slots, block), queries,
+                   keys, values, padded, padded)[:, :segments.shape[1]]
+  if backend == 'gpu' and _gpu_takes(queries.shape[-1], queries.dtype):
     return _flash(queries, keys, values, segments)
-  return _blocks(queries, keys, values, segments)
+  return _blocks(queries, keys, values, segments, segments)
 
 
-def paged(queries: Float[Array, 'N H E'],
-          key_pages: Float[Array, 'K pages W E'],
-          value_pages: Float[Array, 'K pages W E'],
-          lengths: Int[Array, 'N'], table: Int[Array, 'N J'], *,
-          backend: str | None = None) -> Float[Array, 'N H E']:
-  """softmax(q·kᵀ/√E)·v over the first lengths[n] tokens of pages table[n].
+@flax.struct.dataclass
+class Whole:
+  """Runs whole rows through a model: its `cache` when nothing is sampled.
 
-  Each key head serves H/K query heads. A length of 0 gives zeros. Entries of
-  the table past a row's last page may hold anything, pages only finite
-  numbers. Only the XLA form has a gradient.
+  On a mesh each device attends for its own rows, slots and heads: for the
+  queries of its slots it gathers the keys and values of the row, whose
+  gradient is summed back, so that scores are held for a device's own queries
+  alone. Later slots see more keys than earlier ones, and devices wait for the
+  last. K key heads that the heads' devices do not divide, but are divided by,
+  are cut so that a device has the one that its query heads share; if neither
+  holds, each of them does all heads. S should divide by the devices of a row,
+  on TPUs by 128 times as many: else the slots are moved, layer by layer, to
+  make room for padding at the end.
 
-  XLA: gathers the J pages of each row; scores in float32.
-  TPU: JAX's paged attention, in blocks of about 512 tokens. Needs bfloat16
-  pages (it rounds others to that), E a multiple of 128 and W of 16.
-  GPU: JAX's Pallas paged attention. Needs bfloat16 queries and pages, E 16,
-  32, 64 or 128, and W a power of two up to 128.
+  On GPUs rows that are cut get the XLA form.
 
-  Args:
-    table: the pages of each row, in order of their tokens.
-    backend: as in `causal`.
-
-  Raises:
-    ValueError: if the backend is none of these.
+  Attributes:
+    segments: int32 [B, S], as in `causal`.
+    place: how [B, S] lies on a mesh, rows over its first axes, slots over its
+      second; heads lie over the axes that are left. None = one device.
+    backend: as in `causal`, but None takes that of the mesh's devices.
   """
-  tokens, width = key_pages.shape[2:]
-  backend = _chosen(backend)
-  # Kernels also fetch pages past the last, if only to mask their scores.
-  table = jnp.clip(table, 0, key_pages.shape[1] - 1)
-  inputs = queries, key_pages, value_pages, lengths, table
-  if (backend == 'tpu' and key_pages.dtype == jnp.bfloat16
-      and width % _LANES == 0 and tokens % 16 == 0):
-    return _paged_tpu(*inputs)
-  if (backend == 'gpu' and queries.dtype == key_pages.dtype
-      and _gpu_takes(width, queries.dtype) and _GPU_BLOCK % tokens == 0):
-    return _paged_gpu(*inputs)
-  return _paged_xla(*inputs)
+
+  segments: jax.Array
+  place: NamedSharding | None = flax.struct.field(pytree_node=False,
+                                                  default=None)
+  backend: str | None = flax.struct.field(pytree_node=False, default=None)
+
+  def attend(self, queries: Float[Array, 'B S H E'],
+             keys: Float[Array, 'B S K E'], values: Float[Array, 'B S K E']
+             ) -> tuple[Float[Array, 'B S H E'], 'Whole']:
+    """`causal` of one layer, and itself for the next.
+
+    Raises:
+      ValueError: rows that the mesh's devices do not divide.
+    """
+    backend, place = self.backend, self.place
+    if place is not None and backend is None:
+      platform = place.mesh.devices.flat[0].platform
+      backend = platform if platform in _BACKENDS else 'xla'
+    inputs = queries, keys, values, self.segments
+    if place is None or place.mesh.size == 1:
+      return causal(*inputs, backend=backend), self
+    return _over_mesh(*inputs, place, _chosen(backend)), self
+
+  def lay(self, hidden: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
+    """Hidden states where their rows and slots lie.
+
+    Of an embedding cut along D the compiler else goes on with hidden states
+    that are.
+    """
+    if self.place is None:
+      return hidden
+    return jax.lax.with_sharding_constraint(hidden, self.place)
+
+  @property
+  def cuts_slots(self) -> bool:
+    """Whether a row's slots lie on several devices.
+
+    Rows and slots made one axis would then be gathered.
+    """
+    if self.place is None:
+      return False
+    axes = (*self.place.spec, None, None)[1]
+    return math.prod(self.place.mesh.shape[a] for a in _names(axes)) > 1
 
 
 def _chosen(backend):
@@ -117,6 +148,11 @@ def _chosen(backend):
         f'backend is one of {", ".join(_BACKENDS)}, or None for the one that '
         f'JAX runs on, not {backend!r}')
   return backend
+
+
+def _tpu_takes(backend, queries):
+  return (backend == 'tpu' and queries.shape[-1] <= 256
+          and queries.dtype in (jnp.bfloat16, jnp.float32))
 
 
 def _gpu_takes(width, dtype):
@@ -156,11 +192,67 @@ def _attend(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B K C E'],
   return mixed.reshape(batch, heads, slots, width).transpose(0, 2, 1, 3)
 
 
-def _blocks(queries, keys, values, segments):
-  batch, slots = segments.shape
+def _over_mesh(queries, keys, values, segments, place, backend):
+  """`causal` on every device of a mesh, see `Whole`."""
+  mesh, (rows, cut) = place.mesh, (*place.spec, None, None)[:2]
+  size = lambda axes: math.prod(mesh.shape[axis] for axis in _names(axes))
+  if segments.shape[0] % size(rows):
+    raise ValueError(
+        f'{segments.shape[0]} rows do not divide by the {size(rows)} devices '
+        f'of the mesh axes {_names(rows)}: expected a multiple.')
+  left = tuple(axis for axis in mesh.axis_names
+               if axis not in _names(rows) + _names(cut))
+  (slots, heads), kv_heads = queries.shape[1:3], keys.shape[2]
+  spread, parts = size(left), size(cut)
+  # One key head on a device, that of all its query heads.
+  picks = heads % spread == 0 and spread % kv_heads == 0
+  key_axes = left if kv_heads % spread == 0 else None
+  query_axes = left if picks else key_axes
+  kernel, whole = None, _up(slots, parts)
+  if parts > 1 and _tpu_takes(backend, queries):
+    whole, block = _splash_slots(slots, parts)
+    own_heads = heads if query_axes is None else heads // spread
+    kernel = _splash_kernel(own_heads, whole, block, parts)
+
+  def attend(kernel, queries, keys, values, segments):
+    if picks and key_axes is None:
+      head = jax.lax.axis_index(left) * kv_heads // spread
+      keys, values = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
+                      for x in (keys, values))
+    if parts == 1:
+      return causal(queries, keys, values, segments, backend=backend)
+    own = segments
+    keys, values, segments = (jax.lax.all_gather(x, cut, axis=1, tiled=True)
+                              for x in (keys, values, segments))
+    if kernel is not None:
+      return _splash(kernel, queries, keys, values, own, segments)
+    return _blocks(queries, keys, values, own, segments,
+                   jax.lax.axis_index(cut) * own.shape[1])
+
+  kernel_spec = None
+  if kernel is not None:
+    kernel_spec = kernel.manual_sharding_spec(
+        NamedSharding(mesh, PartitionSpec(None, cut)))
+  lies = lambda axes: PartitionSpec(rows, cut, axes)
+  mixed = jax.shard_map(
+      attend, mesh=mesh, check_vma=False, out_specs=lies(query_axes),
+      in_specs=(kernel_spec, lies(query_axes), lies(key_axes), lies(key_axes),
+                PartitionSpec(rows, cut)),
+  )(kernel, *(_pad_slots(x, whole) for x in (queries, keys, values, segments)))
+  return mixed[:, :slots]
+
+
+def _names(axes):
+  """Mesh axes as one entry of a PartitionSpec has them, as a tuple."""
+  return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+
+
+def _blocks(queries, keys, values, own, segments, start=0):
+  """Of queries in slots `start` and on, whose segments are `own`."""
+  batch, slots = own.shape
   heads_first = lambda x: x.transpose(0, 2, 1, 3)
   keys, values = heads_first(keys), heads_first(values)
-  key_slots = jnp.arange(slots)
+  key_slots = jnp.arange(segments.shape[1])
 
   def attend(block):
     own, own_segments, own_slots = block
@@ -168,40 +260,44 @@ def _blocks(queries, keys, values, segments):
     same = own_segments[:, :, None] == segments[:, None, :]
     return _attend(own, keys, values, seen[None] & same)
 
-  count = -(-slots * slots // _SCORES)
+  count = -(-slots * segments.shape[1] // _SCORES)
   if count == 1:
-    return attend((queries, segments, key_slots))
+    return attend((queries, own, start + jnp.arange(slots)))
   size = -(-slots // count)
   split = lambda x: _pad_slots(x, count * size).reshape(
       batch, count, size, *x.shape[2:]).swapaxes(0, 1)
   mixed = jax.lax.map(jax.checkpoint(attend), (
-      split(queries), split(segments),
-      jnp.arange(count * size).reshape(count, size)))
+      split(queries), split(own),
+      start + jnp.arange(count * size).reshape(count, size)))
   return mixed.swapaxes(0, 1).reshape(
       batch, count * size, *queries.shape[2:])[:, :slots]
 
 
-def _splash(queries, keys, values, segments):
-  from jax.experimental.pallas.ops.tpu import splash_attention
-  slots, heads, width = queries.shape[1:]
+def _splash_slots(slots, parts=1):
+  """(slots with padding, slots a block): `parts` devices have whole blocks."""
   # Blocks of one size that fill S almost: 640 slots are two of 384, not of 512.
-  count = -(-slots // _BLOCK)
-  size = _up(-(-slots // count), _LANES)
-  kernel = _splash_kernel(heads, count * size, size)
+  count = -(-slots // (_BLOCK * parts))
+  block = _up(-(-slots // (count * parts)), _LANES)
+  return count * parts * block, block
 
-  def attend(queries, keys, values, segments):
-    ids = splash_attention.SegmentIds(segments, segments)
+
+def _splash(kernel, queries, keys, values, own, segments):
+  """Of whole blocks; a device may have a part of the queries."""
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  def attend(queries, keys, values, own, segments):
+    ids = splash_attention.SegmentIds(own, segments)
     return kernel(queries, keys, values, ids)
 
-  heads_first = lambda x: _pad_slots(x, count * size).transpose(0, 2, 1, 3)
+  heads_first = lambda x: x.transpose(0, 2, 1, 3)
   mixed = jax.vmap(attend)(
-      heads_first(queries * width**-0.5), heads_first(keys),
-      heads_first(values), _pad_slots(segments, count * size))
-  return mixed.transpose(0, 2, 1, 3)[:, :slots]
+      heads_first(queries * queries.shape[-1]**-0.5), heads_first(keys),
+      heads_first(values), own, segments)
+  return heads_first(mixed)
 
 
 @functools.lru_cache(maxsize=32)
-def _splash_kernel(heads, slots, block):
+def _splash_kernel(heads, slots, block, parts=1):
   """Built once per shape: a model's layers then share one trace of it."""
   from jax.experimental.pallas.ops.tpu import splash_attention
   sizes = splash_attention.BlockSizes(
@@ -212,7 +308,7 @@ def _splash_kernel(heads, slots, block):
   # What is kept must not belong to the trace that asked first.
   with jax.ensure_compile_time_eval():
     kernel = splash_attention.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts)
   return jax.tree.map(np.asarray, kernel)
 
 
@@ -224,40 +320,3 @@ def _flash(queries, keys, values, segments):
   mixed = attention.mha(pad(queries), pad(repeat(keys)), pad(repeat(values)),
                         pad(segments), sm_scale=width**-0.5, causal=True)
   return mixed[:, :slots]
-
-
-def _paged_xla(queries, key_pages, value_pages, lengths, table):
-  rows, width = table.shape[0], queries.shape[-1]
-  # [K, N, J, W, E] -> [N, K, J · W, E]
-  gather = lambda pages: pages[:, table].swapaxes(0, 1).reshape(
-      rows, pages.shape[0], -1, width)
-  keys, values = gather(key_pages), gather(value_pages)
-  real = jnp.arange(keys.shape[2])[None, :] < lengths[:, None]
-  mixed = _attend(queries[:, None], keys, values, real[:, None])[:, 0]
-  return jnp.where(lengths[:, None, None] > 0, mixed, 0)
-
-
-def _paged_tpu(queries, key_pages, value_pages, lengths, table):
-  from jax.experimental.pallas.ops.tpu import paged_attention
-  (rows, pages), tokens = table.shape, key_pages.shape[2]
-  block = min(pages, max(1, _BLOCK // tokens))
-  table = _pad_slots(table, _up(pages, block))
-  # In float32, which the kernel turns queries into; it leaves scaling to us.
-  scaled = queries.astype(jnp.float32) * queries.shape[-1]**-0.5
-  part = max(1, _ENTRIES // (table.shape[1] + 1))
-  mixed = [paged_attention.paged_attention(
-      scaled[i:i + part], key_pages, value_pages, lengths[i:i + part],
-      table[i:i + part], pages_per_compute_block=block)
-           for i in range(0, rows, part)]
-  return jnp.concatenate(mixed).astype(queries.dtype)
-
-
-def _paged_gpu(queries, key_pages, value_pages, lengths, table):
-  from jax.experimental.pallas.ops.gpu import paged_attention
-  pages, tokens = table.shape[1], key_pages.shape[2]
-  block = _GPU_BLOCK // tokens
-  splits = min(_GPU_SPLITS, -(-pages // block))
-  return paged_attention.paged_attention(
-      queries * queries.shape[-1]**-0.5, key_pages, value_pages,
-      _pad_slots(table, _up(pages, block * splits)), lengths,
-      pages_per_compute_block=block, k_splits=splits)

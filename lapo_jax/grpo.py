@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group Relative Policy Optimization: scoring and the sharded update.
 
-  L = Σ_bt w_bt · ( −v·min(ρA, clip(ρ, 1−ε₋, 1+ε₊)A) + β · k3 ),
+  L = Σ_bt w_bt · ( −min(ρA, clip(ρ, 1−ε₋, 1+ε₊)A) + β · k3 ),
   ρ = exp(logπ − logπ_old),   Σ w = 1                      (arXiv:2402.03300)
 
 The weights w exist before the batch is cut, so the gradients of microbatches
-simply add: neither their size nor the number of devices changes the sum. v is
-1, or what `losses.importance_weights` gives a token.
+simply add: neither their size nor the number of devices changes the sum. What
+they weigh may be another loss of the field, see `objective`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 import optax
 
-from lapo_jax import losses, ops, types
+from lapo_jax import forward as forward_lib
+from lapo_jax import losses, objective, ops, types
 
 # A token counts as outside where π_old / π_sampler leaves these bounds.
 _RATIO_BOUNDS = (0.8, 1.25)
@@ -26,21 +27,31 @@ _RATIO_BOUNDS = (0.8, 1.25)
 _PER_TOKEN = ('policy/sampler_ratio_mean', 'policy/sampler_ratio_outside')
 
 
-def make_batch_fn(aggregate: str, shardings: Any = None) -> Callable:
-  """A jitted `(rollout, advantages [P, G], slots) -> Batch`, unscored.
+def make_batch_fn(aggregate: str, shardings: Any = None, *,
+                  drop_truncated: bool = False,
+                  eos_ids: Sequence[int] = ()) -> Callable:
+  """A jitted `(rollout, advantages [P, G], slots, trained) -> Batch`, unscored.
 
   Args:
     aggregate: how tokens are weighed, see `losses.token_weights`.
     shardings: of the batch; None on one device.
+    drop_truncated: whether completions that do not end with one of `eos_ids`
+      are left out of the loss, numerator and denominator. In their group's
+      advantages they count.
+    eos_ids: the stop tokens.
 
   Returns:
     The function. It cuts the completions to `slots` slots, a Python int; what
-    is cut must be padding.
+    is cut must be padding. Tokens where `trained`, bool [B, T], is false are
+    counted and weigh nothing; None = all are trained on.
   """
 
-  def make_batch(rollout, advantages, slots):
+  def make_batch(rollout, advantages, slots, trained=None):
     # Before the cut: 'constant' divides by the cap.
-    weights = losses.token_weights(rollout.action_mask, aggregate)
+    keep = _has_ended(rollout, eos_ids) if drop_truncated else None
+    weights = losses.token_weights(rollout.action_mask, aggregate, keep)
+    if trained is not None:
+      weights = jnp.where(trained, weights, 0.0)
     return _crop(types.Batch(
         rollout=rollout, advantages=ops.to_batch(advantages),
         old_logprobs=None, ref_logprobs=None, weights=weights), slots)
@@ -67,6 +78,7 @@ def make_split_fn(shardings: Any = None) -> Callable:
 
 
 def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
+                  scan_layers: bool = False,
                   shardings: tuple[Any, Any] | None = None) -> Callable:
   """A jitted `(params, rollout) -> log-probs float32 [B, T]`.
 
@@ -74,14 +86,21 @@ def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
     model: a model family's module.
     temperature: of sampling: the policy is softmax(logits / temperature).
     microbatch_size: rows that are scored at once.
+    scan_layers: see `forward.Forward`.
     shardings: of params and of the batch; None on one device.
   """
+  forward = forward_lib.make(model, shardings, temperature=temperature,
+                             scan_layers=scan_layers)
 
   def score(params: Any, rollout: types.Rollout) -> Array:
-    cut = _cut(rollout, microbatch_size)
-    scored = jax.lax.map(
-        lambda part: _forward(model, params, part, temperature)[0], cut)
-    return _uncut(scored)
+    ready = forward.ready(params)
+
+    def of(part):
+      run = lambda: _logprobs(forward, ready, part)[0]
+      nothing = lambda: jnp.zeros(part.completion_tokens.shape, jnp.float32)
+      return _if_filled(part, run, nothing)
+
+    return _uncut(jax.lax.map(of, _cut(rollout, microbatch_size)))
 
   if shardings is None:
     return jax.jit(score)
@@ -91,9 +110,8 @@ def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
 
 def make_update_fn(
     model: Any, optimizer: optax.GradientTransformation, *,
-    temperature: float, microbatch_size: int, clip_low: float = 0.2,
-    clip_high: float = 0.2, kl_coef: float = 0.0, importance_cap: float = 0.0,
-    shardings: tuple[Any, Any] | None = None) -> Callable:
+    temperature: float, microbatch_size: int, scan_layers: bool = False,
+    shardings: tuple[Any, Any] | None = None, **loss: Any) -> Callable:
   """A jitted `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
 
   The batch is a Batch, or a tuple of those that `make_split_fn` makes of one.
@@ -106,11 +124,9 @@ def make_update_fn(
     optimizer: any optax transformation.
     temperature: of sampling.
     microbatch_size: rows whose gradient is taken at once.
-    clip_low: ε₋, the ratio is clipped below at 1 − ε₋.
-    clip_high: ε₊, and above at 1 + ε₊.
-    kl_coef: β, weight of the k3 divergence from the reference policy.
-    importance_cap: of `losses.importance_weights`; 0 = no such weights.
+    scan_layers: see `forward.Forward`.
     shardings: of the state and of the batch; None on one device.
+    **loss: settings of `objective.make_objective_fn`.
 
   Returns:
     The update. Its metrics are float32 []: update/{loss, grad_norm},
@@ -119,37 +135,26 @@ def make_update_fn(
     policy/sampler_ratio_{mean, max, outside} of π_old / π_sampler, the last
     the share of tokens outside [0.8, 1.25]. `merge` joins several updates'.
   """
-  # A frozen reference costs memory and a forward pass: only if it counts.
-  use_reference = kl_coef > 0
+  per_token_fn = objective.make_objective_fn(**loss)
+  places = shardings and (shardings[0].params, shardings[1])
+  forward = forward_lib.make(model, places, temperature=temperature,
+                             scan_layers=scan_layers)
 
-  def loss_fn(params, part):
+  def loss_fn(ready, part):
     mask = part.rollout.action_mask
-    logprobs, entropies = _forward(model, params, part.rollout, temperature)
+    logprobs, entropies = _logprobs(forward, ready, part.rollout)
     old_logprobs = part.old_logprobs
     if old_logprobs is None:
       old_logprobs = jax.lax.stop_gradient(logprobs)
-    clips = {'clip_low': clip_low, 'clip_high': clip_high}
-    per_token = losses.clipped_surrogate(
-        logprobs, old_logprobs, part.advantages, mask, **clips)
-    # Against the policy that sampled, whatever was learned since.
-    sampler_logprobs = part.rollout.sampler_logprobs
-    if importance_cap:
-      per_token = per_token * losses.importance_weights(
-          old_logprobs, sampler_logprobs, mask, cap=importance_cap)
-    kl = jnp.zeros_like(per_token)
-    if use_reference:
-      kl = losses.k3_kl(logprobs, part.ref_logprobs, mask)
-      per_token = per_token + kl_coef * kl
-    clipped = losses.is_clipped(
-        logprobs, old_logprobs, part.advantages, mask, **clips)
+    per_token, found = per_token_fn(logprobs, part)
     average = lambda x: jnp.sum(part.weights * x)
+    sampler_logprobs = part.rollout.sampler_logprobs
     sampler_kl = losses.k3_kl(sampler_logprobs, old_logprobs, mask)
     ratio_sums, ratio_max = _ratios(old_logprobs, sampler_logprobs, mask)
     return average(per_token), ({
         'update/loss': average(per_token),
         'policy/entropy': average(entropies),
-        'policy/clip_fraction': average(clipped),
-        'policy/kl': average(kl),
+        **jax.tree.map(average, found),
         'policy/sampler_kl': average(sampler_kl),
         **ratio_sums,
     }, ratio_max)
@@ -157,21 +162,29 @@ def make_update_fn(
   def update(state: types.TrainState,
              batch: types.Batch | tuple[types.Batch, ...]):
     gradient = jax.grad(loss_fn, has_aux=True)
+    # Once for all microbatches.
+    ready = forward.ready(state.params)
 
     def add(total, part):
-      grads, (sums, ratio_max) = gradient(state.params, part)
-      return jax.tree.map(jnp.add, total, (grads, sums)), ratio_max
+
+      def run():
+        grads, (sums, ratio_max) = gradient(ready, part)
+        return (forward.add(total[0], grads),
+                jax.tree.map(jnp.add, total[1], sums)), ratio_max
+
+      return _if_filled(part.rollout, run, lambda: (total, jnp.float32(0)))
 
     parts = batch if isinstance(batch, tuple) else (batch,)
     cuts = [_cut(part, microbatch_size) for part in parts]
     first = jax.tree.map(lambda x: x[0], cuts[0])
-    grads, (sums, _) = jax.eval_shape(gradient, state.params, first)
-    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+    sums = jax.eval_shape(loss_fn, ready, first)[1][0]
+    total = (forward.zeros(ready),
+             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums))
     ratio_max = []
     for cut in cuts:
       total, found = jax.lax.scan(add, total, cut)
       ratio_max.append(jnp.max(found))
-    grads, metrics = total
+    grads, metrics = forward.restore(total[0], state.params), total[1]
     tokens = jnp.maximum(metrics['update/tokens'], 1)
     metrics |= {name: metrics[name] / tokens for name in _PER_TOKEN}
     metrics['policy/sampler_ratio_max'] = jnp.max(jnp.stack(ratio_max))
@@ -237,27 +250,35 @@ def minibatches(batch: types.Batch, num_epochs: int, num_minibatches: int,
       yield part.replace(weights=part.weights / share), rows
 
 
-def _forward(model: Any, params: Any, rollout: types.Rollout,
-             temperature: float) -> tuple[Float[Array, 'B T'],
-                                          Float[Array, 'B T']]:
+def _logprobs(
+    forward: forward_lib.Forward, ready: Any, rollout: types.Rollout,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
   """Log-probs of the completions and the entropies of their slots."""
   tokens = jnp.concatenate(
       [rollout.prompt_tokens, rollout.completion_tokens], axis=1)
-  mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
-  hidden, _ = model.apply({'params': params}, tokens,
-                          ops.positions_from_mask(mask), mask)
-  # The slot before a token predicts it.
-  start = rollout.prompt_tokens.shape[1] - 1
-  logits = model.apply({'params': params}, hidden[:, start:-1],
-                       method='unembed')
-  logits = logits / (temperature or 1.0)
-  logprobs = jax.nn.log_softmax(logits, axis=-1)
-  chosen = jnp.take_along_axis(
-      logprobs, rollout.completion_tokens[..., None], axis=-1)[..., 0]
-  entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-  entropies = jax.lax.stop_gradient(entropies)
-  keep = rollout.completion_mask
-  return jnp.where(keep, chosen, 0.0), jnp.where(keep, entropies, 0.0)
+  keep, segments = rollout.completion_mask, rollout.segments
+  if segments is None:
+    mask = jnp.concatenate([rollout.prompt_mask, keep], axis=1)
+    segments = mask.astype(jnp.int32)
+  found = forward(ready, tokens, segments, rollout.prompt_tokens.shape[1])
+  logprobs, entropies = (jnp.where(keep, x, 0.0) for x in found)
+  return logprobs, entropies
+
+
+def _if_filled(rollout: types.Rollout, run: Callable, nothing: Callable) -> Any:
+  """What `run` gives, and `nothing` where packing left all rows empty."""
+  if rollout.segments is None:
+    return run()
+  return jax.lax.cond(jnp.any(rollout.segments), run, nothing)
+
+
+def _has_ended(rollout: types.Rollout,
+               eos_ids: Sequence[int]) -> Bool[Array, 'B']:
+  """Whether a completion's last token is a stop token."""
+  lengths = jnp.sum(rollout.completion_mask, axis=1, keepdims=True)
+  last = jnp.take_along_axis(rollout.completion_tokens,
+                             jnp.maximum(lengths - 1, 0), axis=1)
+  return (ops.is_any_of(last, eos_ids) & (lengths > 0))[:, 0]
 
 
 def _ratios(

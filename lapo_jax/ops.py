@@ -78,6 +78,14 @@ def positions_from_mask(mask: Bool[Array, 'B S']) -> Int[Array, 'B S']:
   return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
+def positions_from_segments(
+    segments: Int[Array, 'B S']) -> Int[Array, 'B S']:
+  """Positions that start at 0 where a segment does; of padding, any."""
+  first = jnp.diff(segments, axis=1, prepend=-1) != 0
+  slots = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+  return slots - jax.lax.cummax(jnp.where(first, slots, 0), axis=1)
+
+
 def token_logprobs(logits: Float[Array, '*A V'],
                    tokens: Int[Array, '*A']) -> Float[Array, '*A']:
   """log softmax(logits)[token], float32."""
@@ -95,17 +103,18 @@ def is_any_of(tokens: Int[Array, '*A'],
   return found
 
 
-def bucket(length: int, cap: int) -> int:
+def bucket(length: int, cap: int, least: int = 16) -> int:
   """The least of 16, 24, 32, 48, 64, 96, … (or the cap) that is ≥ length.
 
-  Shapes cut to buckets compile few programs and waste at most a third.
+  They start at `least`, a power of two above 1. Shapes cut to buckets compile
+  few programs and waste at most a third.
 
   Raises:
     ValueError: length > cap.
   """
   if length > cap:
     raise ValueError(f'length {length} does not fit the cap of {cap}.')
-  size = 16
+  size = least
   while size < length:
     size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
   return min(size, cap)

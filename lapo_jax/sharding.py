@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, and where arrays lie on it: the only room that knows.
 
-Three axes: `data` (copies of the model), `fsdp` (parameters cut, batch cut)
-and `tensor` (layers cut). Big arrays are sharded by the model family's rules
-or over the batch axes; everything shaped [P, G] is replicated.
+Four axes: `data` (copies of the model), `fsdp` (parameters cut, batch cut),
+`sequence` (the slots of a row cut, for long completions; parameters cut like
+`fsdp`, since their gradients are summed over it anyway) and `tensor` (layers
+cut). Big arrays are sharded by the model family's rules or over the batch
+axes; everything shaped [P, G] is replicated. While a model samples, `sequence`
+is one more batch axis: a step has one token a row.
 
 `jax.jit` with shardings is what used to be called pjit.
 """
@@ -20,38 +23,57 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'sequence', 'tensor')
 _BATCH_AXES = ('data', 'fsdp')
+_SAMPLING_AXES = (*_BATCH_AXES, 'sequence')
 
 # (regex on the parameter's path, how its axes lie on the mesh)
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1,
-              devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, sequence: int = 1,
+              tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices; one axis may be -1, "what is left".
 
+  Of several TPU slices, the slow network between them carries `data` alone:
+  each has whole copies of the model.
+
   Raises:
-    ValueError: the axes do not multiply to the number of devices.
+    ValueError: the axes do not multiply to the number of devices, or `data`
+      does not to whole slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
+  asked = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
+  sizes = list(asked.values())
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) == 1 and known and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices) or min(sizes) < 1:
-    asked = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     raise ValueError(
         f'mesh {asked} does not fit {len(devices)} devices: expected axes '
         'whose product is that number; -1 takes what is left.')
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  # On GPUs a slice is a host: the order of devices puts `data` between them.
+  if slices == 1 or devices[0].platform != 'tpu':
+    grid = mesh_utils.create_device_mesh(
+        sizes, devices=devices, allow_split_physical_axes=True)
+  elif sizes[0] % slices:
+    raise ValueError(
+        f'mesh {asked} makes {sizes[0]} copies of the model on {slices} '
+        f'slices: expected data to be a multiple of {slices}.')
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(
+        [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1], devices=devices,
+        allow_split_physical_axes=True)
   # An Auto mesh by construction: jax.make_mesh's default axes are Explicit.
-  return Mesh(mesh_utils.create_device_mesh(sizes, devices=devices), AXES)
+  return Mesh(grid, AXES)
 
 
 def partition(rules: Rules, shapes: Any, mesh: Mesh) -> Any:
   """A NamedSharding for each parameter, by the first rule that matches.
 
-  An axis that does not divide evenly is left whole.
+  What a rule cuts over `fsdp` is cut over `sequence` too, or else over `fsdp`
+  alone; an axis that does not divide evenly is left whole.
 
   Raises:
     ValueError: a parameter that no rule covers.
@@ -85,7 +107,8 @@ def for_sampling(shardings: Any) -> Any:
   """The same shardings with `fsdp` dropped: decode would gather each step."""
 
   def drop(sharding):
-    spec = (None if axis == 'fsdp' else axis for axis in sharding.spec)
+    spec = (None if axes in ('fsdp', ('fsdp', 'sequence')) else axes
+            for axes in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
   return jax.tree.map(drop, shardings)
@@ -96,6 +119,17 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(_BATCH_AXES))
 
 
+def sampling_batch(mesh: Mesh) -> NamedSharding:
+  """Rows while they are sampled: cut over `sequence` too."""
+  return NamedSharding(mesh, PartitionSpec(
+      _SAMPLING_AXES if mesh.shape['sequence'] > 1 else _BATCH_AXES))
+
+
+def slots(mesh: Mesh) -> NamedSharding:
+  """[B, S, ...] in a forward pass: rows over the batch axes, slots cut."""
+  return NamedSharding(mesh, PartitionSpec(_BATCH_AXES, 'sequence'))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -104,6 +138,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
   """Into how many parts a batch is cut."""
   return math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+
+
+def sampling_devices(mesh: Mesh) -> int:
+  """Into how many parts a batch is cut while it is sampled."""
+  return math.prod(mesh.shape[axis] for axis in _SAMPLING_AXES)
 
 
 def device_memory(mesh: Mesh) -> int:
@@ -173,6 +212,13 @@ def _rule(rules: Rules, path: str) -> PartitionSpec:
 
 def _fit(spec: PartitionSpec, shape: Sequence[int],
          mesh: Mesh) -> PartitionSpec:
-  axes = [axis if axis and size % mesh.shape[axis] == 0 else None
-          for axis, size in zip(spec, shape, strict=False)]
-  return PartitionSpec(*axes)
+
+  def fitting(axis, size):
+    divides = lambda *axes: size % math.prod(mesh.shape[a] for a in axes) == 0
+    if axis == 'fsdp' and mesh.shape['sequence'] > 1 and divides(
+        'fsdp', 'sequence'):
+      return 'fsdp', 'sequence'
+    return axis if axis and divides(axis) else None
+
+  return PartitionSpec(*(fitting(axis, size)
+                         for axis, size in zip(spec, shape, strict=False)))

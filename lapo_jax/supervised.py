@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lapo_jax import ops
+from lapo_jax import forward as forward_lib
 
 
 def make_supervised_fn(
@@ -31,13 +31,12 @@ def make_supervised_fn(
     the loss nats a token. The loss is float32 [].
   """
 
+  forward = forward_lib.make(model, shardings and
+                             (shardings[0], shardings[2]))
+
   def loss_fn(params, batch):
-    tokens, mask = batch['tokens'], batch['mask']
-    hidden, _ = model.apply({'params': params}, tokens,
-                            ops.positions_from_mask(mask), mask)
-    logits = model.apply({'params': params}, hidden[:, :-1],
-                         method='unembed')
-    logprobs = ops.token_logprobs(logits, tokens[:, 1:])
+    segments = batch['mask'].astype(jnp.int32)
+    logprobs, _ = forward(params, batch['tokens'], segments, 1)
     return -jnp.sum(batch['weights'][:, 1:] * logprobs)
 
   def step(params, opt_state, batch):

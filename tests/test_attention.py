@@ -8,6 +8,7 @@ of 1: 1e-5 in float32, 2e-2 in bfloat16, whose rounding is 4e-3.
 
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import subprocess
@@ -18,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lapo_jax import attention
+from lapo_jax import attention, sharding
 
 _TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-2}
 
 causal = jax.jit(attention.causal, static_argnames='backend')
-paged = jax.jit(attention.paged, static_argnames='backend')
 
 
 @pytest.fixture
@@ -79,14 +79,14 @@ def rows(heads, kv_heads, width, kind, slots, dtype):
           segments, weights)
 
 
-@functools.partial(jax.jit, static_argnames='backend')
-def outputs_and_gradients(queries, keys, values, segments, weights, backend):
-  """Outputs on real tokens, and what their weighted sum says of q, k and v."""
-  def mix(*qkv):
-    mixed = attention.causal(*qkv, segments, backend=backend)
-    return mixed.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=('backend', 'place'))
+def outputs_and_gradients(queries, keys, values, segments, weights, backend,
+                          place=None):
+  """Outputs, and what the weighted sum of them says of q, k and v."""
+  whole = attention.Whole(segments, place, backend)
+  mix = lambda *qkv: whole.attend(*qkv)[0].astype(jnp.float32)
   mixed, back = jax.vjp(mix, queries, keys, values)
-  return jnp.where((segments > 0)[..., None, None], mixed, 0), *back(weights)
+  return mixed, *back(weights)
 
 
 def by_the_formula(queries, keys, values, segments, weights):
@@ -113,51 +113,56 @@ def by_the_formula(queries, keys, values, segments, weights):
   return outputs, *gradients
 
 
-@pytest.mark.parametrize('dtype', _TOLERANCE)
+def is_the_formula(inputs, backend, dtype, place=None):
+  found = outputs_and_gradients(*inputs, backend, place)
+  real = (np.asarray(inputs[3]) > 0)[..., None, None]
+  for i, (got, expected) in enumerate(zip(found, by_the_formula(*inputs),
+                                          strict=True)):
+    got = np.asarray(got, np.float64)
+    close(got if i else np.where(real, got, 0), expected, dtype)
+
+
 @pytest.mark.parametrize('shape', [
-    (4, 4, 16, 'left', 37), (4, 2, 32, 'right', 130), (7, 1, 64, 'both', 201),
-    (12, 2, 16, 'several', 96), (2, 1, 16, 'whole', 1),
-    (2, 1, 8, 'several', 1100)], ids=str)
-def test_causal_is_the_formula_in_value_and_gradient(shape, dtype):
-  inputs = rows(*shape, dtype)
-  for got, expected in zip(outputs_and_gradients(*inputs, 'xla'),
-                           by_the_formula(*inputs), strict=True):
-    close(got, expected, dtype)
+    (4, 4, 16, 'left', 38), (7, 1, 32, 'both', 60), (6, 2, 16, 'several', 48),
+    (2, 1, 16, 'whole', 1)], ids=str)
+def test_causal_is_the_formula_in_value_and_gradient(shape):
+  is_the_formula(rows(*shape, 'float32'), 'xla', 'float32')
 
 
-@pytest.mark.parametrize('backend, dtype, shape', [
-    ('tpu', 'float32', (7, 1, 64, 'both', 201)),
-    ('tpu', 'float32', (2, 1, 16, 'several', 530)),
-    ('tpu', 'bfloat16', (4, 4, 16, 'left', 37)),
-    ('tpu', 'bfloat16', (12, 2, 128, 'several', 130)),
-    ('gpu', 'bfloat16', (4, 4, 16, 'left', 37)),
-    ('gpu', 'bfloat16', (7, 1, 64, 'both', 201)),
-    ('gpu', 'bfloat16', (12, 2, 128, 'several', 130)),
-    ('gpu', 'bfloat16', (2, 1, 16, 'whole', 1))], ids=str)
-def test_causal_kernels_equal_the_xla_form(interpreted, backend, dtype, shape):
-  inputs = rows(*shape, dtype)
-  for got, expected in zip(outputs_and_gradients(*inputs, backend),
-                           outputs_and_gradients(*inputs, 'xla'), strict=True):
-    close(got, expected, dtype)
+def test_in_blocks_of_queries_too(monkeypatch):
+  # Four blocks, the last filled up.
+  monkeypatch.setattr(attention, '_SCORES', 75 * 20)
+  is_the_formula(rows(2, 1, 8, 'several', 75, 'float32'), 'xla', 'float32')
+
+
+# Of one shape, so that a backend is compiled once.
+@pytest.mark.parametrize('kind', ['whole', 'left', 'right', 'both', 'several'])
+@pytest.mark.parametrize('backend', ['xla', 'tpu', 'gpu'])
+def test_every_backend_is_the_formula(interpreted, backend, kind):
+  is_the_formula(rows(4, 2, 16, kind, 37, 'bfloat16'), backend, 'bfloat16')
+
+
+def test_the_gpu_kernel_takes_several_blocks(interpreted):
+  is_the_formula(rows(3, 1, 64, 'both', 130, 'bfloat16'), 'gpu', 'bfloat16')
 
 
 @pytest.mark.parametrize('backend', ['xla', 'tpu', 'gpu'])
 def test_padding_changes_nothing(interpreted, backend):
-  queries, keys, values, segments, weights = rows(4, 2, 16, 'both', 50,
+  queries, keys, values, segments, weights = rows(4, 2, 16, 'both', 37,
                                                   'bfloat16')
   clean = outputs_and_gradients(queries, keys, values, segments, weights,
-                                backend)
+                                backend, None)
   padding = (segments == 0)[..., None, None]
   dirty = [jnp.where(padding, 40.0, x).astype(x.dtype)
            for x in (queries, keys, values)]
-  again = outputs_and_gradients(*dirty, segments, weights, backend)
-  for one, other in zip(clean, again, strict=True):
-    assert np.isfinite(np.asarray(other, np.float32)).all()
-    np.testing.assert_array_equal(one, other)
-  for gradient in again[1:]:
-    assert not np.asarray(jnp.where(padding, gradient, 0)).any()
-  mixed = causal(*dirty, segments, backend=backend)
-  assert np.isfinite(np.asarray(mixed, np.float32)).all()
+  again = outputs_and_gradients(*dirty, segments, weights, backend, None)
+  for i, (one, other) in enumerate(zip(clean, again, strict=True)):
+    one, other = (np.asarray(x, np.float32) for x in (one, other))
+    assert np.isfinite(other).all()
+    np.testing.assert_array_equal(np.where(padding, 0, one),
+                                  np.where(padding, 0, other))
+    # No gradient comes from padding or goes to it.
+    assert i == 0 or not np.where(padding, other, 0).any()
 
 
 def test_a_segment_is_as_alone():
@@ -170,177 +175,156 @@ def test_a_segment_is_as_alone():
         causal(*cut, jnp.ones((1, 36), jnp.int32)), 'float32')
 
 
+def temporary_bytes(slots, place=None):
+  """Of the gradient of one row."""
+  array = jax.ShapeDtypeStruct((1, slots, 2, 8), jnp.float32)
+  segments = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+  return outputs_and_gradients.lower(
+      array, array, array, segments, array, 'xla',
+      place).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_long_rows_never_hold_all_scores():
-  spec = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
-  segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
-  total = lambda *inputs: attention.causal(*inputs, backend='xla').sum()
-  program = jax.jit(jax.grad(total, (0, 1, 2))).lower(
-      spec, spec, spec, segments).compile()
-  held = program.memory_analysis().temp_size_in_bytes
-  assert held < 2 * 4096 * 4096 * 4 / 2
+  assert temporary_bytes(4096) < 2 * 4096 * 4096 * 4 / 2
 
 
-def pages(heads, kv_heads, width, tokens, columns, dtype):
-  """Rows of length 0, one token, whole pages, and anything between."""
-  rng = np.random.default_rng(tokens)
-  full = columns * tokens
-  lengths = np.array([0, 1, tokens, full, full - 1, full // 2 + 1], np.int32)
-  table = rng.permutation(6 * columns + 3)[:6 * columns].reshape(6, columns)
-  # Past the last page anything may stand.
-  unused = np.arange(columns)[None] >= -(-lengths // tokens)[:, None]
-  table = np.where(unused, rng.integers(-9, 10**6, table.shape), table)
-  stored = lambda: normal(rng, kv_heads, 6 * columns + 3, tokens, width,
-                          dtype=dtype)
-  return (normal(rng, 6, heads, width, dtype=dtype), stored(), stored(),
-          jnp.asarray(lengths), jnp.asarray(table, jnp.int32))
+def spread(**axes):
+  """How rows lie on a mesh of as many devices."""
+  devices = jax.devices()[:math.prod(axes.values())]
+  return sharding.slots(sharding.make_mesh(**{'fsdp': 1, **axes},
+                                           devices=devices))
 
 
-def paged_by_the_formula(queries, key_pages, value_pages, lengths, table):
-  queries, key_pages, value_pages = (
-      np.asarray(x, np.float64) for x in (queries, key_pages, value_pages))
-  mixed = np.zeros_like(queries)
-  shared, width = queries.shape[1] // key_pages.shape[0], queries.shape[2]
-  for n, length in enumerate(np.asarray(lengths)):
-    used = np.asarray(table)[n, :-(-length // key_pages.shape[2])]
-    for h in range(queries.shape[1] if length else 0):
-      keys, values = (x[h // shared, used].reshape(-1, width)[:length]
-                      for x in (key_pages, value_pages))
-      shares = np.exp(keys @ queries[n, h] / width**0.5)
-      mixed[n, h] = shares @ values / shares.sum()
-  return mixed
+# Heads: one key head each; two devices to a key head; two devices have all
+# three; no tensor axis.
+@pytest.mark.parametrize('heads, kv_heads, kind, slots, axes', [
+    (4, 2, 'several', 38, dict(data=2, sequence=2, tensor=2)),
+    (4, 2, 'both', 37, dict(sequence=2, tensor=4)),
+    (6, 3, 'left', 29, dict(fsdp=2, sequence=2, tensor=2)),
+    (2, 1, 'right', 36, dict(sequence=8))], ids=str)
+def test_a_mesh_changes_nothing(heads, kv_heads, kind, slots, axes):
+  is_the_formula(rows(heads, kv_heads, 16, kind, slots, 'float32'), 'xla',
+                 'float32', spread(**axes))
 
 
-@pytest.mark.parametrize('dtype', _TOLERANCE)
-@pytest.mark.parametrize('shape', [(4, 4, 16, 8, 3), (12, 2, 32, 5, 4),
-                                   (14, 2, 8, 1, 7)], ids=str)
-def test_paged_is_the_formula(shape, dtype):
-  inputs = pages(*shape, dtype)
-  mixed = paged(*inputs)
-  close(mixed, paged_by_the_formula(*inputs), dtype)
-  assert not np.asarray(mixed[0]).any()
+def test_the_tpu_kernel_runs_on_a_mesh(interpreted):
+  # Two blocks of queries, one on each device, and of keys.
+  inputs = rows(2, 1, 128, 'several', 130, 'float32')
+  is_the_formula(inputs, 'tpu', 'float32', spread(sequence=2))
 
 
-@pytest.mark.parametrize('backend, shape', [
-    ('tpu', (12, 2, 128, 64, 3)), ('tpu', (7, 1, 128, 128, 5)),
-    ('tpu', (2, 2, 128, 256, 1)), ('gpu', (12, 2, 128, 64, 3)),
-    ('gpu', (7, 1, 32, 16, 77)), ('gpu', (2, 2, 16, 128, 1))], ids=str)
-def test_paged_kernels_equal_the_xla_form(interpreted, backend, shape):
-  inputs = pages(*shape, 'bfloat16')
-  mixed = paged(*inputs, backend=backend)
-  close(mixed, paged(*inputs, backend='xla'), 'bfloat16')
-  assert not np.asarray(mixed[0]).any()
+def test_rows_that_are_cut_hold_scores_of_their_own_queries_alone():
+  whole = temporary_bytes(1024)
+  assert whole > 2 * 1024 * 1024 * 4
+  assert temporary_bytes(1024, spread(sequence=8)) < whole / 6
 
 
-def test_a_table_too_large_for_one_tpu_kernel_is_cut(interpreted, monkeypatch):
-  inputs = pages(6, 1, 128, 128, 2, 'bfloat16')
-  whole = attention.paged(*inputs, backend='tpu')
-  monkeypatch.setattr(attention, '_ENTRIES', 4 * (2 + 1))
-  np.testing.assert_array_equal(whole,
-                                attention.paged(*inputs, backend='tpu'))
+def test_rows_that_the_devices_do_not_divide_are_told():
+  inputs = rows(2, 1, 8, 'left', 9, 'float32')
+  with pytest.raises(ValueError, match="2 rows.* 8 devices.*'data', 'fsdp'"):
+    outputs_and_gradients(*inputs, 'xla', spread(data=8))
 
 
-def test_paged_continues_causal():
-  rng = np.random.default_rng(0)
-  queries, keys, values = (normal(rng, 3, 20, heads, 16)
-                           for heads in (6, 2, 2))
-  lengths = jnp.array([20, 13, 5], jnp.int32)
-  segments = (jnp.arange(20)[None] < lengths[:, None]).astype(jnp.int32)
-  last = jnp.arange(3), lengths - 1
-  expected = causal(queries, keys, values, segments)[last]
-  # Row n's five pages of four tokens are pages 5n … 5n + 4.
-  store = lambda x: x.transpose(2, 0, 1, 3).reshape(2, 15, 4, 16)
-  mixed = paged(queries[last], store(keys), store(values), lengths,
-                jnp.arange(15, dtype=jnp.int32).reshape(3, 5))
-  close(mixed, expected, 'float32')
+def test_hidden_states_lie_as_their_tokens_do():
+  place = spread(data=2, sequence=2, tensor=2)
+  whole = attention.Whole(jnp.ones((2, 6), jnp.int32), place)
+  laid = jax.jit(whole.lay)(jnp.zeros((2, 6, 4)))
+  assert laid.sharding.shard_shape(laid.shape) == (1, 3, 4)
+  assert whole.cuts_slots and not whole.replace(place=None).cuts_slots
+  assert not whole.replace(place=spread(data=8)).cuts_slots
 
 
-@pytest.mark.parametrize('backend, width, tokens, dtype', [
-    ('tpu', 264, 16, 'bfloat16'), ('tpu', 264, 8, 'float32'),
-    ('gpu', 48, 16, 'bfloat16'), ('gpu', 64, 24, 'float32'),
-    (None, 64, 16, 'float32')])
-def test_what_a_kernel_does_not_take_gets_the_xla_form(backend, width, tokens,
-                                                       dtype):
+@pytest.mark.parametrize('backend, width, dtype', [
+    ('tpu', 264, 'bfloat16'), ('gpu', 48, 'bfloat16'),
+    ('gpu', 64, 'float32'), (None, 64, 'float32')])
+def test_what_a_kernel_does_not_take_gets_the_xla_form(backend, width, dtype):
   # No interpreter here: a kernel could not run.
   queries, keys, values, segments, _ = rows(4, 2, width, 'left', 9, dtype)
   np.testing.assert_array_equal(
       causal(queries, keys, values, segments, backend=backend),
       causal(queries, keys, values, segments, backend='xla'))
-  inputs = pages(4, 2, width, tokens, 3, dtype)
-  np.testing.assert_array_equal(paged(*inputs, backend=backend),
-                                paged(*inputs, backend='xla'))
 
 
 def test_an_unknown_backend_is_told():
   inputs = rows(2, 1, 8, 'left', 9, 'float32')[:4]
   with pytest.raises(ValueError, match="xla, tpu, gpu.*not 'cuda'"):
     attention.causal(*inputs, backend='cuda')
-  with pytest.raises(ValueError, match="xla, tpu, gpu.*not 'cuda'"):
-    attention.paged(*pages(2, 1, 8, 4, 2, 'float32'), backend='cuda')
 
 
-def test_gpu_kernels_lower_for_cuda():
-  like = lambda inputs: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-  def lowered(function, inputs):
-    traced = jax.jit(function).trace(*like(inputs))
-    return traced.lower(lowering_platforms=('cuda',)).as_text()
-  inputs = rows(12, 2, 128, 'left', 300, 'bfloat16')
-  text = lowered(functools.partial(outputs_and_gradients, backend='gpu'),
-                 inputs)
+@pytest.mark.parametrize('axes', [dict(), dict(data=2, tensor=4)], ids=str)
+def test_gpu_kernels_lower_for_cuda(axes):
+  inputs = rows(12, 4, 128, 'left', 300, 'bfloat16')
+  traced = outputs_and_gradients.trace(*(
+      jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs), 'gpu',
+                                       spread(**axes))
+  text = traced.lower(lowering_platforms=('cuda',)).as_text()
   # Forward, and backward in two kernels.
   assert text.count('@__gpu$xla.gpu.triton(') == 3
-  for tokens in (64, 128):
-    inputs = pages(28, 4, 128, tokens, 10, 'bfloat16')
-    text = lowered(functools.partial(attention.paged, backend='gpu'), inputs)
-    assert text.count('@__gpu$xla.gpu.triton(') == 1
 
 
-# Rows over one axis of four chips, heads over the other.
+# A step of gradient descent through one layer whose rows, slots and heads are
+# cut; and attention alone, where rows and heads are.
 _COMPILE = """
-import jax, jax.numpy as jnp, numpy as np, sys
+import jax, jax.numpy as jnp, sys
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lapo_jax import attention
+from lapo_jax import attention, sharding
+from lapo_jax.models import qwen2
 
-chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
-mesh = Mesh(np.array(chips.devices).reshape(2, 2), ('data', 'model'))
+describe = lambda name, **settings: topologies.get_topology_desc(
+    platform='tpu', topology_name=name, **settings).devices
+chips = describe(sys.argv[1])
 
-def compiled(function, out_spec, arrays):
-  specs = tuple(PartitionSpec(*spec) for _, _, spec in arrays)
-  split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_spec,
-                        check_vma=False)
-  return jax.jit(split).lower(*(
-      jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-      for (shape, dtype, _), spec in zip(arrays, specs, strict=True))).compile()
+def step(place, kernels, hidden, segments):
+  def loss(kernels):
+    product = lambda name, x: x @ kernels[name]['kernel']
+    split = lambda x: x.reshape(*x.shape[:2], -1, 128)
+    mixed, _ = attention.Whole(segments, place).attend(*(
+        split(product(name, hidden)) for name in ('query', 'key', 'value')))
+    found = product('out', mixed.reshape(*hidden.shape[:2], -1))
+    return jnp.mean(found.astype(jnp.float32)**2)
+  return jax.tree.map(lambda x, y: x - y, kernels, jax.grad(loss)(kernels))
 
-def backward(*inputs):
-  total = lambda *x: attention.causal(*x, backend='tpu').astype(
-      jnp.float32).sum()
-  return jax.grad(total, (0, 1, 2))(*inputs)
+mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2, tensor=2, devices=chips)
+kernel = lambda *shape: {'kernel': jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+kernels = {'query': kernel(256, 512), 'key': kernel(256, 256),
+           'value': kernel(256, 256), 'out': kernel(512, 256)}
+places = sharding.partition(qwen2.PARTITION_RULES, {'_': kernels}, mesh)['_']
+place = sharding.slots(mesh)
+text = jax.jit(
+    lambda *inputs: step(place, *inputs), in_shardings=(places, place, place),
+    out_shardings=places).lower(
+        kernels, jax.ShapeDtypeStruct((8, 1280, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((8, 1280), jnp.int32)).compile().as_text()
+assert text.count('tpu_custom_call') == 3, text.count('tpu_custom_call')
+assert 'all-gather' in text and 'reduce-scatter' in text
 
-four = ('data', None, 'model')
-array = lambda heads: ((8, 640, heads, 128), jnp.bfloat16, four)
-text = compiled(backward, PartitionSpec(*four), [
+mesh = sharding.make_mesh(data=8, fsdp=1, tensor=2, devices=chips)
+place = sharding.slots(mesh)
+four = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
+    *place.spec, 'tensor'))
+array = lambda heads: jax.ShapeDtypeStruct((8, 640, heads, 128), jnp.bfloat16,
+                                           sharding=four)
+def total(queries, keys, values, segments):
+  mixed, _ = attention.Whole(segments, place).attend(queries, keys, values)
+  return mixed.astype(jnp.float32).sum()
+text = jax.jit(jax.grad(total, (0, 1, 2))).lower(
     array(12), array(2), array(2),
-    ((8, 640), jnp.int32, ('data',))]).as_text()
+    jax.ShapeDtypeStruct((8, 640), jnp.int32, sharding=place)
+    ).compile().as_text()
 assert text.count('tpu_custom_call') == 3, text.count('tpu_custom_call')
 assert 'all-gather' not in text and 'all-reduce' not in text
 
-for heads, kv_heads, tokens, columns in (12, 2, 64, 160), (28, 4, 128, 83):
-  stored = ((kv_heads, 2048, tokens, 128), jnp.bfloat16, ('model', 'data'))
-  text = compiled(
-      lambda *x: attention.paged(*x, backend='tpu'),
-      PartitionSpec('data', 'model'), [
-          ((512, heads, 128), jnp.bfloat16, ('data', 'model')), stored, stored,
-          ((512,), jnp.int32, ('data',)),
-          ((512, columns), jnp.int32, ('data',))]).as_text()
-  assert text.count('tpu_custom_call') == 1, text.count('tpu_custom_call')
+slices = describe(sys.argv[1], num_slices=2)
+mesh = sharding.make_mesh(data=2, fsdp=-1, sequence=4, devices=slices)
+assert [{chip.slice_index for chip in half.flat} for half in mesh.devices] == [
+    {0}, {1}]
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                     reason='compiling for a TPU needs libtpu')
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
-def test_tpu_kernels_compile_on_four_chips(topology):
+@pytest.mark.parametrize('topology', ['v5e:4x4', 'v5p:2x2x4'])
+def test_tpu_kernels_compile_on_sixteen_chips(topology):
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1',
       ALLOW_MULTIPLE_LIBTPU_LOAD='true', TPU_WORKER_HOSTNAMES='localhost')

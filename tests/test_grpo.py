@@ -212,6 +212,7 @@ def put(state, places):
 
 @pytest.mark.parametrize('axes,size', [
     (dict(data=8), 8), (dict(fsdp=8), 16), (dict(data=2, fsdp=2, tensor=2), 4),
+    (dict(data=2, sequence=2, tensor=2), 4),
 ], ids=str)
 def test_eight_devices_are_one(model, params, whole, axes, size):
   mesh = sharding.make_mesh(**{'data': 1, **axes})
@@ -228,6 +229,57 @@ def test_eight_devices_are_one(model, params, whole, axes, size):
   for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places[0]),
                       strict=True):
     assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+@pytest.fixture(scope='module')
+def two_layers(tiny_model, make_params):
+  """A model of two layers, its parameters, and the whole's gradient."""
+  params = jax.tree.map(jnp.asarray, make_params(tiny_model))
+  update = grpo.make_update_fn(tiny_model, CAPTURE, temperature=1.0,
+                               microbatch_size=B)
+  state, metrics = update(make_state(params), make_batch())
+  return tiny_model, params, host(state.opt_state), host(metrics)
+
+
+@pytest.mark.parametrize('axes', [None, dict(data=2, fsdp=2, tensor=2)],
+                         ids=str)
+def test_one_loop_over_the_layers_gives_the_same_step(two_layers, axes):
+  model, params, wanted, metrics = two_layers
+  mesh = None if axes is None else sharding.make_mesh(**axes)
+  places = mesh and shardings_of(model, mesh)
+  update = grpo.make_update_fn(
+      model.clone(remat='full'), CAPTURE, temperature=1.0, microbatch_size=4,
+      scan_layers=True, shardings=places)
+  batch, state = make_batch(), make_state(params)
+  if mesh:
+    batch, state = jax.device_put(host(batch), places[1]), put(state, places[0])
+  state, found = update(state, batch)
+  assert distance(state.opt_state, wanted) < 2e-6
+  assert_near(found, metrics)
+  if mesh:
+    for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places[0]),
+                        strict=True):
+      assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+def test_bfloat16_gradients_are_summed_in_float32(two_layers):
+  model, params, wanted, _ = two_layers
+  half = model.clone(dtype=jnp.bfloat16)
+  update = lambda model: grpo.make_update_fn(
+      model, CAPTURE, temperature=1.0, microbatch_size=1, scan_layers=True)
+  found = host(update(half)(make_state(params), make_batch())[0].opt_state)
+  assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype('float32')}
+  assert distance(found, wanted) < 0.05
+  # A sum of sixteen in bfloat16 would have no bits beyond the first eight.
+  kernel = found['layers_1']['mlp']['up']['kernel']
+  assert np.mean(kernel == kernel.astype(jnp.bfloat16)) < 0.1
+  # Parameters in bfloat16 keep their dtype, as the optimizer's state does.
+  low = make_state(jax.tree.map(lambda x: x.astype(jnp.bfloat16),
+                                host(params)))
+  after, _ = jax.eval_shape(update(half.clone(param_dtype=jnp.bfloat16)), low,
+                            make_batch())
+  assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(
+      lambda x: x.dtype, low)
 
 
 def test_rows_split_by_length_add_up_to_the_whole(gradient_of, whole):
@@ -310,9 +362,9 @@ def test_a_step_makes_good_completions_likelier(descend, score, params):
 class Table:
   """A model whose parameters are the logits [B, S, V] themselves."""
 
-  def apply(self, variables, *args, method=None):
-    if method == 'unembed':
-      return args[0]
+  def apply(self, variables, *args, cache=None, method=None):
+    if method == 'output_table':
+      return jnp.eye(VOCAB)
     return variables['params']['logits'], None
 
 

@@ -149,6 +149,60 @@ def test_parameters_may_be_bfloat16(tiny_model, tiny_params):
               tokens, mask))
 
 
+def stacked(model, params):
+  return model.stack(params, jnp.stack)
+
+
+@pytest.mark.parametrize('name', FULL)
+def test_one_loop_over_the_layers_is_the_layers_in_turn(name):
+  model = FULL[name].model()
+  params = jax.tree.map(jnp.asarray, cases.make_params(model))
+  tokens, mask = left_padded(LENGTHS, 11, model.vocab_size)
+  found = forward(model, stacked(model, params), tokens, mask)
+  wanted = forward(model, params, tokens, mask)
+  np.testing.assert_allclose(found[mask], wanted[mask], atol=2e-5)
+  jax.tree.map(np.testing.assert_array_equal,
+               model.unstack(stacked(model, params)), params)
+
+
+def size_of_program(model, params):
+  """Equations of the gradient's program, those of loops once."""
+  tokens, mask = left_padded(LENGTHS, 11, 64)
+  gradient = jax.grad(lambda params: jnp.sum(forward(
+      model, params, tokens, mask)))
+  lowered = jax.jit(gradient).lower(stacked(model, params))
+  return len(lowered.as_text().splitlines())
+
+
+def test_one_loops_program_is_as_large_for_many_layers(tiny_model,
+                                                       make_params):
+  sizes = {size_of_program(model, make_params(model)) for model in (
+      tiny_model.clone(num_layers=n, remat='dots') for n in (2, 5))}
+  assert len(sizes) == 1
+
+
+def test_computing_again_changes_memory_and_not_the_gradient(
+    tiny_model, tiny_params):
+  tokens, mask = left_padded(LENGTHS, 11, 64)
+  params = stacked(tiny_model, tiny_params)
+
+  def compiled(remat):
+    model = tiny_model.clone(remat=remat)
+    loss = lambda params: jnp.sum(jnp.where(
+        mask[..., None], forward(model, params, tokens, mask), 0)**2)
+    return jax.jit(jax.grad(loss)).lower(params).compile()
+
+  programs = {remat: compiled(remat) for remat in ('none', 'dots', 'full')}
+  wanted = programs['none'](params)
+  bytes_of = {remat: program.memory_analysis().temp_size_in_bytes
+              for remat, program in programs.items()}
+  for remat in ('dots', 'full'):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(
+        x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max())),
+        programs[remat](params), wanted)
+  assert bytes_of['full'] < bytes_of['dots'] < bytes_of['none']
+
+
 def test_rotary_frequencies_are_those_of_the_papers():
   np.testing.assert_allclose(_layers.rotary_frequencies(8, 10000.0),
                              [1.0, 0.1, 0.01, 0.001], rtol=1e-6)

@@ -113,3 +113,15 @@ def test_token_logprobs():
   logprobs = ops.token_logprobs(logits.astype(jnp.bfloat16), jnp.array([0, 1]))
   assert logprobs.dtype == jnp.float32
   np.testing.assert_allclose(logprobs, np.log([0.5, 0.1]), rtol=2e-2)
+
+
+def test_positions_begin_anew_with_each_segment():
+  segments = jnp.array([[0, 0, 1, 1, 1], [1, 2, 2, 3, 3], [1, 1, 2, 0, 0]])
+  positions = np.asarray(ops.positions_from_segments(segments))
+  np.testing.assert_array_equal(positions[segments > 0],
+                                [0, 1, 2, 0, 0, 1, 0, 1, 0, 1, 0])
+
+
+def test_buckets():
+  assert [ops.bucket(n, 100) for n in (1, 17, 25, 70)] == [16, 24, 32, 96]
+  assert [ops.bucket(n, 7, least=2) for n in (1, 3, 4, 5, 7)] == [2, 3, 4, 6, 7]

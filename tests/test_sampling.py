@@ -180,11 +180,11 @@ def test_the_cap_only_cuts(rollouts, short_rollout):
 
 
 @pytest.mark.parametrize('axes', [
-    dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+    dict(data=8), dict(fsdp=2, sequence=2, tensor=2)], ids=str)
 def test_eight_devices_write_the_tokens_of_one(tiny_model, tiny_params,
                                                short_rollout, axes):
   mesh = sharding.make_mesh(**axes)
-  batch, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+  batch, everywhere = sharding.sampling_batch(mesh), sharding.replicated(mesh)
   places = types.Prompts(tokens=batch, mask=batch, index=everywhere,
                          target_lengths=everywhere)
   params = sharding.for_sampling(sharding.partition(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays lie: on eight devices, and back on the host."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -24,16 +27,18 @@ def shape(*sizes):
 
 
 @pytest.mark.parametrize('asked,sizes', [
-    (dict(), (1, 8, 1)),
-    (dict(data=-1, fsdp=1), (8, 1, 1)),
-    (dict(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-    (dict(data=1, fsdp=2, tensor=4), (1, 2, 4)),
-    (dict(fsdp=8, tensor=-1), (1, 8, 1)),
+    (dict(), (1, 8, 1, 1)),
+    (dict(data=-1, fsdp=1), (8, 1, 1, 1)),
+    (dict(data=2, fsdp=-1, tensor=2), (2, 2, 1, 2)),
+    (dict(data=1, fsdp=2, tensor=4), (1, 2, 1, 4)),
+    (dict(fsdp=8, tensor=-1), (1, 8, 1, 1)),
+    (dict(fsdp=2, sequence=-1, tensor=2), (1, 2, 2, 2)),
 ])
 def test_one_axis_takes_what_is_left(asked, sizes):
   mesh = sharding.make_mesh(**asked)
   assert tuple(mesh.shape[axis] for axis in sharding.AXES) == sizes
   assert sharding.batch_devices(mesh) == sizes[0] * sizes[1]
+  assert sharding.sampling_devices(mesh) == math.prod(sizes[:3])
   # Explicit axes would ask every operation for its output's sharding.
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
@@ -54,6 +59,42 @@ def test_axes_that_do_not_fit_are_told_with_their_numbers(asked):
 def test_a_mesh_can_take_some_devices():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   assert mesh.size == 1 and sharding.batch_devices(mesh) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks of a TPU's device."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  core_on_chip: int = 0
+  process_index: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5 lite'
+
+
+# Two slices of 4 x 2 chips, the second one first.
+SLICES = [Chip(8 * i + 4 * y + x, i, (x, y, 0))
+          for i in (1, 0) for y in range(2) for x in range(4)]
+
+
+@pytest.mark.parametrize('axes', [
+    dict(data=2), dict(data=4, fsdp=2, tensor=2),
+    dict(data=-1, fsdp=1, sequence=4, tensor=2)], ids=str)
+def test_between_slices_there_is_data_alone(axes):
+  mesh = sharding.make_mesh(**axes, devices=SLICES)
+  copies = mesh.shape['data'] // 2
+  for number, chips in enumerate(mesh.devices):
+    assert {chip.slice_index for chip in chips.flat} == {number // copies}
+
+
+def test_slices_without_a_copy_of_their_own_are_told():
+  with pytest.raises(ValueError, match="'data': 1.* 1 copies .* 2 slices: "
+                                       'expected .* multiple of 2'):
+    sharding.make_mesh(devices=SLICES)
+  # One slice needs none.
+  assert sharding.make_mesh(devices=SLICES[:8]).shape['fsdp'] == 8
 
 
 def test_an_axis_that_does_not_divide_is_left_whole(mesh):
@@ -110,6 +151,30 @@ def test_sampling_drops_fsdp_alone(mesh):
   assert placed['a']['kernel'].spec == PartitionSpec(None, 'tensor')
   assert placed['a']['scale'].spec == PartitionSpec()
   assert placed['a']['kernel'].mesh is mesh
+
+
+def test_what_fsdp_cuts_is_cut_over_a_row_s_devices_too():
+  mesh = sharding.make_mesh(fsdp=2, sequence=2, tensor=2)
+  placed = sharding.partition(RULES, {
+      name: {'kernel': shape(size, 6)} for name, size in
+      (('both', 8), ('fsdp', 6), ('none', 5))}, mesh)
+  specs = {name: leaf['kernel'].spec for name, leaf in placed.items()}
+  assert specs == {'both': PartitionSpec(('fsdp', 'sequence'), 'tensor'),
+                   'fsdp': PartitionSpec('fsdp', 'tensor'),
+                   'none': PartitionSpec(None, 'tensor')}
+  for leaf in jax.tree.leaves(sharding.for_sampling(placed)):
+    assert leaf.spec == PartitionSpec(None, 'tensor')
+
+
+def test_a_row_s_devices_share_its_slots_and_sample_rows_of_their_own(mesh):
+  cut = sharding.make_mesh(data=2, fsdp=1, sequence=2, tensor=2)
+  part = lambda place: place.shard_shape((8, 6))
+  assert part(sharding.batch(cut)) == (4, 6)
+  assert part(sharding.slots(cut)) == (4, 3)
+  assert part(sharding.sampling_batch(cut)) == (2, 6)
+  # Without such devices all three are one.
+  assert {part(sharding.batch(mesh)), part(sharding.slots(mesh)),
+          part(sharding.sampling_batch(mesh))} == {(2, 6)}
 
 
 @pytest.mark.parametrize('axes', [

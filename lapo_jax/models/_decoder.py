@@ -7,6 +7,7 @@ queries and keys, the head's width) is a field; a family's file subclasses
 `Decoder` to say which it has.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +31,11 @@ PARTITION_RULES = (
     (r'.*norm/scale', PartitionSpec()),
 )
 
+# What the backward pass of a layer computes again rather than holding it, and
+# jax.checkpoint's name of what it holds; of 'full' that is the layer's input.
+REMAT = {'none': None, 'dots': 'dots_with_no_batch_dims_saveable',
+         'full': 'nothing_saveable'}
+
 
 class Decoder(nn.Module):
   """A decoder.
@@ -51,6 +57,7 @@ class Decoder(nn.Module):
     mlp_bias: likewise the MLP's three projections.
     qk_norm: whether each head's queries and keys are normed.
     max_positions: how long a text may be; nothing here depends on it.
+    remat: what a layer computes again for its gradient, one of `REMAT`.
     dtype: of the arithmetic.
     param_dtype: of the parameters.
   """
@@ -71,6 +78,7 @@ class Decoder(nn.Module):
   mlp_bias: bool = False
   qk_norm: bool = False
   max_positions: int = 32768
+  remat: str = 'none'
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -88,18 +96,7 @@ class Decoder(nn.Module):
       self.unembedding = self.param('unembedding', normal,
                                     (self.width, self.vocab_size),
                                     self.param_dtype)
-    norm_eps = self.norm_eps if self.qk_norm else None
-    self.layers = [
-        _Block(
-            _layers.Attention(
-                self.num_heads, self.num_kv_heads, self.head_dim,
-                self.qkv_bias, self.out_bias, norm_eps, self.dtype,
-                self.param_dtype, parent=None),
-            _layers.GatedMLP(self.mlp_width, self.mlp_bias, self.dtype,
-                             self.param_dtype, parent=None),
-            self.norm_eps, self.param_dtype)
-        for _ in range(self.num_layers)
-    ]
+    self.layers = [self._block() for _ in range(self.num_layers)]
     self.final_norm = _layers.RMSNorm(self.norm_eps, self.param_dtype)
 
   def __call__(
@@ -110,6 +107,9 @@ class Decoder(nn.Module):
       cache: Any = None,
   ) -> tuple[Float[Array, 'B S D'], Any]:
     """Final hidden states of the tokens, and the cache with them added.
+
+    Parameters that `stack` made run through one loop over the layers, whose
+    compile time does not depend on their number.
 
     Args:
       tokens: S tokens of each row.
@@ -122,26 +122,89 @@ class Decoder(nn.Module):
     frequencies = _layers.rotary_frequencies(self.head_dim, self.rope_theta,
                                              self.rope_scaling)
     angles = _layers.rotary_angles(positions, jnp.asarray(frequencies))
-    x = self.embedding.astype(self.dtype)[tokens]
-    for layer in self.layers:
-      if cache is None:
-        # Over a mesh the compiler cuts this form, and no kernel.
-        attend = lambda *qkv: (attention.causal(
-            *qkv, mask.astype(jnp.int32), backend='xla'), None)
-      else:
-        attend = cache.attend
-      x, cache = layer(x, angles, attend)
+    # Looked up first: the gradient of a row is then summed as it is held.
+    x = self.embedding[tokens].astype(self.dtype)
+    if cache is None:
+      # Over a mesh the compiler cuts this form, and no kernel.
+      cache = attention.Whole(mask.astype(jnp.int32), backend='xla')
+    if isinstance(cache, attention.Whole):
+      x = cache.lay(x)
+    if self.is_initializing():
+      for layer in self.layers:
+        x, cache = layer(x, angles, cache.attend)
+    else:
+      x, cache = self._run(x, angles, cache)
     return self.final_norm(x), cache
 
   def unembed(self, hidden: Float[Array, '*A D']) -> Float[Array, '*A V']:
     """Logits of hidden states, float32."""
-    table = self.embedding.T if self.tied else self.unembedding
-    return jnp.matmul(hidden, table.astype(self.dtype),
+    return jnp.matmul(hidden, self.output_table().astype(self.dtype),
                       preferred_element_type=jnp.float32)
+
+  def output_table(self) -> Float[Array, 'D V']:
+    """What hidden states are multiplied with to give the logits."""
+    return self.embedding.T if self.tied else self.unembedding
+
+  def stack(self, tree: dict[str, Any],
+            join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """`layers_0`, `layers_1`, … of a parameter tree as one tree, `layers`.
+
+    Args:
+      tree: of parameters, or of anything else per parameter.
+      join: what becomes of a parameter's leaves, all layers in turn.
+    """
+    layers = [tree[name] for name in self._layer_names()]
+    rest = {name: leaf for name, leaf in tree.items()
+            if name not in self._layer_names()}
+    return {**rest, 'layers': jax.tree.map(lambda *leaves: join(list(leaves)),
+                                           *layers)}
+
+  def unstack(self, tree: dict[str, Any]) -> dict[str, Any]:
+    """What `stack` with jnp.stack did, undone."""
+    rest = {name: leaf for name, leaf in tree.items() if name != 'layers'}
+    return rest | {name: jax.tree.map(lambda leaf, i=i: leaf[i], tree['layers'])
+                   for i, name in enumerate(self._layer_names())}
 
   def cache_shape(self) -> tuple[int, int, int]:
     """(layers, key/value heads, head width) of the keys and values."""
     return self.num_layers, self.num_kv_heads, self.head_dim
+
+  def _layer_names(self):
+    return [f'layers_{i}' for i in range(self.num_layers)]
+
+  def _block(self, flat=True, **settings):
+    return _Block(
+        _layers.Attention(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.qkv_bias,
+            self.out_bias, self.norm_eps if self.qk_norm else None, self.dtype,
+            self.param_dtype, flat, parent=None),
+        _layers.GatedMLP(self.mlp_width, self.mlp_bias, self.dtype,
+                         self.param_dtype, flat, parent=None),
+        self.norm_eps, self.param_dtype, **settings)
+
+  def _run(self, x, angles, cache):
+    """The layers in turn, as functions of their parameters."""
+    cut = isinstance(cache, attention.Whole) and cache.cuts_slots
+    block = self._block(flat=not cut, parent=None)
+    params = self.variables['params']
+    stacked = 'layers' in params
+
+    def layer(carry, params):
+      x, cache = carry
+      return block.apply({'params': params}, x, angles, cache.attend)
+
+    if self.remat != 'none':
+      layer = jax.checkpoint(
+          layer, policy=getattr(jax.checkpoint_policies, REMAT[self.remat]),
+          # A loop's body is compiled by itself: nothing to be merged with.
+          prevent_cse=not stacked)
+    carry = x, cache
+    if stacked:
+      return jax.lax.scan(lambda carry, params: (layer(carry, params), None),
+                          carry, params['layers'])[0]
+    for name in self._layer_names():
+      carry = layer(carry, params[name])
+    return carry
 
 
 def init_shapes(model: Decoder) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def _read(config: dict[str, Any]) -> dict[str, Any]:
           'mlp_bias': _configs.flag(config, 'mlp_bias')}
 
 
-_FAMILY = _configs.Family(
+FAMILY = _configs.Family(
     model_type='llama', architecture='LlamaForCausalLM', model=Model,
     read=_read,
     write=lambda model: {'attention_bias': model.qkv_bias,
@@ -36,7 +36,7 @@ _FAMILY = _configs.Family(
     # Qwen's folders name a window that another entry switches off.
     neutral={'sliding_window': (None,)})
 load = _families.load
-save = _families.make_save_fn(_FAMILY)
+save = _families.make_save_fn(FAMILY)
 
 
 def make(path: str = '', dtype: str = 'float32',
@@ -52,4 +52,4 @@ def make(path: str = '', dtype: str = 'float32',
     ValueError: no such folder, another family, an unsupported setting, or
       weights that do not fit, by name.
   """
-  return _families.make(_FAMILY, path, dtype, param_dtype)
+  return _families.make(FAMILY, path, dtype, param_dtype)

@@ -23,13 +23,13 @@ class Model(_decoder.Decoder):
   qkv_bias: bool = True
 
 
-_FAMILY = _configs.Family(
+FAMILY = _configs.Family(
     model_type='qwen2', architecture='Qwen2ForCausalLM', model=Model,
     read=lambda config: {
         'head_dim': _configs.whole(config, 'head_dim', optional=True)},
     write=lambda model: {'use_sliding_window': False})
 load = _families.load
-save = _families.make_save_fn(_FAMILY)
+save = _families.make_save_fn(FAMILY)
 
 
 def make(path: str = 'tiny_reasoner', dtype: str = 'float32',
@@ -45,4 +45,4 @@ def make(path: str = 'tiny_reasoner', dtype: str = 'float32',
     ValueError: no such folder, another family, an unsupported setting, or
       weights that do not fit, by name.
   """
-  return _families.make(_FAMILY, path, dtype, param_dtype)
+  return _families.make(FAMILY, path, dtype, param_dtype)

@@ -30,13 +30,13 @@ def _read(config: dict[str, Any]) -> dict[str, Any]:
           'qkv_bias': bias, 'out_bias': bias}
 
 
-_FAMILY = _configs.Family(
+FAMILY = _configs.Family(
     model_type='qwen3', architecture='Qwen3ForCausalLM', model=Model,
     read=_read,
     write=lambda model: {'attention_bias': model.qkv_bias,
                          'use_sliding_window': False})
 load = _families.load
-save = _families.make_save_fn(_FAMILY)
+save = _families.make_save_fn(FAMILY)
 
 
 def make(path: str = '', dtype: str = 'float32',
@@ -52,4 +52,4 @@ def make(path: str = '', dtype: str = 'float32',
     ValueError: no such folder, another family, an unsupported setting, or
       weights that do not fit, by name.
   """
-  return _families.make(_FAMILY, path, dtype, param_dtype)
+  return _families.make(FAMILY, path, dtype, param_dtype)
