@@ -62,6 +62,17 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       # Grade what has ended while the rest is sampled; the same grades, and
       # sooner where grading has cores of its own.
       'grade_ahead': False,
+      # How often a step draws other prompts in place of groups that are all
+      # right or all wrong; DAPO's dynamic sampling. 0 = never.
+      'refill_rounds': 0,
+      # SIRI: the cap swings between max_completion_length and `least` tokens
+      # once in so many steps; 0 = it does not.
+      'cap_cycle': {'least': 0, 'steps': 0},
+      # Tokens that are written, not drawn: the first of a share of each group
+      # (AdaptThink's '</think>'; in training alone), and s1's budget forcing,
+      # tokens of thinking at least and at most; '' and 0 = none.
+      'forced': {'first': '', 'first_share': 0.5, 'end': '</think>',
+                 'wait': 'Wait', 'least': 0, 'most': 0},
       # 'chat' for the tokenizer's own template, else a text with {question}.
       'template': 'chat',
   })
@@ -80,13 +91,23 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       'eps': 1e-4,  # added to the standard deviation
   })
   config.loss = ml_collections.ConfigDict({
-      'clip_low': 0.2,
-      'clip_high': 0.2,
-      'kl_coef': 0.0,  # weight of k3 against the policy at the stage's start
+      'kind': 'ppo',  # 'ppo' | 'gspo' | 'cispo', with bounds of their own
+      'clip_low': 0.2,  # the ratio is clipped at 1 − clip_low
+      'clip_high': 0.2,  # and at 1 + clip_high; DAPO's is 0.28
+      # Bounds the ratio where the advantage is negative; 3 is usual, 0 = off.
+      'dual_clip': 0.0,
+      'kl_coef': 0.0,  # weight of kl against the policy at the stage's start
+      'kl': 'k3',  # 'k1' | 'k2' | 'k3'
+      'kl_ratio': False,  # times π / π_old, with its gradient
       'aggregate': 'sequence',  # 'sequence' | 'token' | 'constant'
+      # Completions that reach the cap leave the loss, not their group.
+      'drop_truncated': False,
       # A token's loss times min(π / π_sampler, cap): the sampler's numerics
       # are its own, see policy/sampler_ratio_*. 2 is usual; 0 = off.
       'importance_cap': 0.0,
+      'importance_floor': 0.0,  # the bound below
+      'importance_level': 'token',  # 'token' | 'sequence'
+      'importance_outside': 'truncate',  # 'truncate' | 'mask'
   })
   config.optimizer = ml_collections.ConfigDict({
       'learning_rate': 1e-6,
@@ -104,12 +125,32 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       # This share of shortest completions is cut to a length of its own: the
       # same sums for less work. 0 = every completion as long as the longest.
       'short_share': 0.75,
+      # Instead of that: a row holds several completions, each behind its
+      # prompt, as many as fit beside the longest. Spares most of the padding
+      # of heavy tails, prompts' too; attention still spans whole rows.
+      'pack': False,
+      # What the backward pass computes again, layer by layer, to hold less:
+      # 'none' | 'dots' (all but products with weights) | 'full'.
+      'remat': 'none',
+      # One loop over the layers: their program is compiled once, however many
+      # they are (the optimizer's is not), and fsdp gathers the model's dtype.
+      # Costs a copy of the weights in it.
+      'scan_layers': False,
+      # The reference policy waits in the hosts' memory; brought for scoring.
+      'offload_reference': False,
   })
-  config.mesh = ml_collections.ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1})
+  # One axis may be -1, what is left of the devices.
+  config.mesh = ml_collections.ConfigDict({
+      'data': 1,  # copies of the model; a multiple of the TPU slices
+      'fsdp': -1,  # cuts the batch and the parameters
+      'sequence': 1,  # cuts the slots of a row, for long completions
+      'tensor': 1,  # cuts each layer
+  })
   config.eval = ml_collections.ConfigDict({
       'num_samples': 1,  # completions a problem
       'batch_size': 64,  # problems sampled together
       'temperature': 1.0,  # 0 is greedy
+      'max_completion_length': 0,  # tokens; 0 = the rollout's
       'num_examples': 256,  # problems at most
       # Overrides of `task` that give the held-out problems; {} = the task's
       # last `num_examples`, which are then not trained on.

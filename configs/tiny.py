@@ -29,7 +29,8 @@ def get_config(argument=''):
   config.loss.aggregate = 'token'
   config.optimizer.update(learning_rate=1e-4)
   config.updates.microbatch_size = 32
-  config.eval.batch_size = 256
+  # Whatever a stage trains under.
+  config.eval.update(batch_size=256, max_completion_length=256)
   config.eval_every = 30
   config.checkpoint_every = 15
   if config.task.name == 'arithmetic':

@@ -6,7 +6,7 @@ arguments of the others, one section to one function. Whatever a user can get
 wrong is refused here, before any compute and before anything is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import copy
 import functools
 import hashlib
@@ -16,11 +16,14 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from lapo_jax import (
   checks,
+  forcing,
   grpo,
+  hosts,
   ops,
   plugins,
   rollout,
@@ -30,6 +33,7 @@ from lapo_jax import (
 )
 from lapo_jax import evaluate as evaluate_lib
 from lapo_jax import grader as grader_lib
+from lapo_jax import layout as layout_lib
 from lapo_jax import tokenizer as tokenizer_lib
 from lapo_jax.models import _folders
 
@@ -49,18 +53,49 @@ class Run(NamedTuple):
   encode: Callable
   group: Callable
   sample: Callable
+  mute: Callable | None
   make_batch: Callable
-  split: Callable
+  layout: layout_lib.Layout
   score: Callable
   update: Callable
   make_evaluate: Callable
   evaluate: Callable
   to_sampler: Callable
   load_params: Callable
+  put_away: Callable
+  bring: Callable
   init_opt_state: Callable
   replicate: Callable
   state_shapes: types.TrainState
   manifest: dict[str, Any]
+
+
+class Programs(NamedTuple):
+  """What runs on the mesh, and where its arrays lie; of shapes alone.
+
+  Attributes:
+    sampler: the arguments of `sampling.make_sample_fn`, but for group_size.
+    make_batch: see `grpo.make_batch_fn`.
+    layout: of the rows in the update.
+    score: see `grpo.make_score_fn`.
+    update: see `grpo.make_update_fn`.
+    to_sampler: parameters -> their copy as the sampler reads it.
+    put_away: the reference's parameters -> them where they wait.
+    bring: what waits -> parameters to score with.
+    init_opt_state: parameters -> the optimizer's state.
+    state_shapes: a `types.TrainState` of shapes with their places.
+  """
+
+  sampler: dict[str, Any]
+  make_batch: Callable
+  layout: layout_lib.Layout
+  score: Callable
+  update: Callable
+  to_sampler: Callable
+  put_away: Callable
+  bring: Callable
+  init_opt_state: Callable
+  state_shapes: types.TrainState
 
 
 def stage_configs(
@@ -93,18 +128,11 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   Raises:
     ValueError: a setting that does not fit, with what to change.
   """
-  checks.choices(config)
-  # Mesh and model.
-  mesh = sharding.make_mesh(**config.mesh)
-  batch = sharding.batch(mesh)
+  mesh = make_mesh(config)
   replicated = sharding.replicated(mesh)
   family = plugins.module('models', config.model.name)
   model_settings = _without_name(config.model)
   model = plugins.make('models', config.model.name, **model_settings)
-  param_shapes = family.init_shapes(model)
-  param_shardings = sharding.partition(family.PARTITION_RULES, param_shapes,
-                                       mesh)
-  checks.batches(config, sharding.batch_devices(mesh))
 
   # Task, text, method.
   tokenizer = tokenizer_lib.load(_folders.resolve(config.model.path))
@@ -112,11 +140,9 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   task, eval_task = _make_tasks(config, task_settings)
   reward_settings = _without_name(config.reward)
   reward = plugins.make('rewards', config.reward.name, **reward_settings)
-  prompt_shardings = types.Prompts(tokens=batch, mask=batch, index=replicated,
-                                   target_lengths=replicated)
   encode = rollout.make_encode_fn(
       tokenizer, config.rollout.template, config.rollout.max_prompt_length,
-      prompt_shardings)
+      _prompt_places(mesh))
   reward_shapes = checks.reward(config, reward, len(task))
   checks.prompts(config, task, eval_task, encode, reward,
                  jax.device_get(reward.init(len(task))))
@@ -124,6 +150,102 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   grader = grader_lib.Grader((config.task.name, task_settings),
                              (config.reward.name, reward_settings),
                              **config.grader)
+
+  found = programs(config, model, mesh, eos_ids=tokenizer.eos_ids,
+                   pad_id=tokenizer.pad_id, reward_shapes=reward_shapes)
+  words, limits = _forcing(config, tokenizer)
+  make_sample = functools.partial(sampling.make_sample_fn, **found.sampler,
+                                  forced_words=words)
+  group = lambda grades: {name: ops.to_groups(x, config.rollout.group_size)
+                         for name, x in grades.items()}
+  # From where the sampler has its rows.
+  to_batch = jax.jit(lambda x: x, out_shardings=sharding.batch(mesh))
+  score = lambda params, rows: found.score(params, to_batch(rows))
+
+  sample = functools.partial(
+      make_sample(group_size=config.rollout.group_size), forced=limits)
+  sample_held_out = functools.partial(
+      make_sample(group_size=config.eval.num_samples,
+                  max_completion_length=config.eval.max_completion_length or
+                  config.rollout.max_completion_length),
+      forced=limits and limits.replace(first=-1))
+  mute = reward.mute and _make_mute(reward.mute(tokenizer.pieces()))
+  make_evaluate = lambda problems: evaluate_lib.make_evaluate_fn(
+      sample_held_out, encode, problems, grader, tokenizer,
+      batch_size=config.eval.batch_size, temperature=config.eval.temperature,
+      key=key(config.seed, 'eval', 0))
+  return Run(
+      name=name, config=config, task=task, eval_task=eval_task,
+      tokenizer=tokenizer, grader=grader, reward=reward, encode=encode,
+      group=jax.jit(group, out_shardings=replicated),
+      sample=sample, mute=mute, make_batch=found.make_batch,
+      layout=found.layout, score=score,
+      update=found.update, make_evaluate=make_evaluate,
+      evaluate=make_evaluate(eval_task), to_sampler=found.to_sampler,
+      load_params=lambda: family.load(
+          config.model.path, model,
+          jax.tree.map(lambda x: x.sharding, found.state_shapes.params)),
+      put_away=found.put_away, bring=found.bring,
+      init_opt_state=found.init_opt_state,
+      replicate=lambda tree: sharding.to_global(tree, replicated),
+      state_shapes=found.state_shapes, manifest=_manifest(task, eval_task))
+
+
+def _forcing(
+    config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[forcing.Words | None, forcing.Limits | None]:
+  """What the sampler writes by itself, and on which completions."""
+  first, share, end, wait, least, most = (
+      config.rollout.forced[key] for key in (
+          'first', 'first_share', 'end', 'wait', 'least', 'most'))
+  if not (first or least or most):
+    return None, None
+  cap, size = config.rollout.max_completion_length, config.rollout.group_size
+  member = np.arange(config.rollout.num_prompts * size) % size
+  limits = forcing.Limits(
+      first=(np.where(member < share * size, tokenizer.token(first), -1)
+             if first else -1), least=least, most=most or cap)
+  return forcing.Words(tokenizer.token(end), tokenizer.token(wait)), limits
+
+
+def _make_mute(mute: Callable) -> Callable:
+  """`mute` of a method, jitted, for grades [P, G]."""
+  return jax.jit(lambda samples, correct: mute(samples, ops.to_batch(correct)))
+
+
+def make_mesh(config: ml_collections.ConfigDict,
+              devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The mesh of a config whose own settings fit it and one another.
+
+  Raises:
+    ValueError: one that does not, with what to change.
+  """
+  checks.choices(config)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  checks.batches(config, sharding.batch_devices(mesh),
+                 sharding.sampling_devices(mesh))
+  return mesh
+
+
+def programs(config: ml_collections.ConfigDict, model: Any,
+             mesh: jax.sharding.Mesh, *, eos_ids: Sequence[int], pad_id: int,
+             reward_shapes: Any, memory: int | None = None) -> Programs:
+  """The programs of a stage; neither weights, text nor tasks are asked for.
+
+  Args:
+    config: the stage's.
+    model: a model family's module.
+    mesh: where they run.
+    eos_ids: the stop tokens.
+    pad_id: fills what follows one.
+    reward_shapes: of the method's memory.
+    memory: bytes of each device, None = as it says itself.
+  """
+  batch, replicated = sharding.batch(mesh), sharding.replicated(mesh)
+  family = plugins.module('models', config.model.name)
+  param_shapes = family.init_shapes(model)
+  param_shardings = sharding.partition(family.PARTITION_RULES, param_shapes,
+                                       mesh)
 
   # Optimizer and state, as shapes: nothing is allocated yet.
   optimizer = make_optimizer(config)
@@ -146,50 +268,47 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   sampler_shardings = sharding.for_sampling(param_shardings)
   sampler_model = model.clone(
       dtype=jnp.dtype(config.rollout.dtype or model.dtype))
-  make_sample = functools.partial(
-      sampling.make_sample_fn, sampler_model, eos_ids=tokenizer.eos_ids,
-      pad_id=tokenizer.pad_id,
-      num_slots=_num_slots(config, sampler_model, mesh),
-      cache_dtype=config.rollout.cache_dtype,
-      max_completion_length=config.rollout.max_completion_length,
-      shardings=(sampler_shardings, prompt_shardings, batch))
+  sampler = {
+      'model': sampler_model, 'eos_ids': eos_ids, 'pad_id': pad_id,
+      'num_slots': _num_slots(config, sampler_model, mesh, memory),
+      'cache_dtype': config.rollout.cache_dtype,
+      'backend': _backend(mesh),
+      'max_completion_length': config.rollout.max_completion_length,
+      'shardings': (sampler_shardings, _prompt_places(mesh),
+                    sharding.sampling_batch(mesh))}
   # Weights as the sampler reads them, once for all its steps.
   to_sampler = lambda params: jax.tree.map(
       lambda x: x.astype(sampler_model.dtype), params)
   forward = {'temperature': config.rollout.temperature,
-             'microbatch_size': config.updates.microbatch_size}
-  make_batch = grpo.make_batch_fn(config.loss.aggregate, shardings=batch)
+             'microbatch_size': config.updates.microbatch_size,
+             'scan_layers': config.updates.scan_layers}
+  loss = {key: config.loss[key] for key in config.loss}
+  make_batch = grpo.make_batch_fn(
+      loss.pop('aggregate'), batch, eos_ids=eos_ids,
+      drop_truncated=loss.pop('drop_truncated'))
   score = grpo.make_score_fn(model, shardings=(param_shardings, batch),
                              **forward)
   update = grpo.make_update_fn(
-      model, optimizer, shardings=(state_shardings, batch),
-      clip_low=config.loss.clip_low, clip_high=config.loss.clip_high,
-      kl_coef=config.loss.kl_coef,
-      importance_cap=config.loss.importance_cap, **forward)
-  group = lambda found: {name: ops.to_groups(x, config.rollout.group_size)
-                         for name, x in found.items()}
+      model.clone(remat=config.updates.remat), optimizer,
+      shardings=(state_shardings, batch),
+      **loss, **forward)
+  waiting = param_shardings
+  if config.updates.offload_reference:
+    waiting = jax.tree.map(lambda x: x.with_memory_kind('pinned_host'),
+                           waiting)
   place = lambda f, to: jax.jit(f, in_shardings=(param_shardings,),
                                 out_shardings=to)
-
-  sample_held_out = make_sample(group_size=config.eval.num_samples)
-  make_evaluate = lambda problems: evaluate_lib.make_evaluate_fn(
-      sample_held_out, encode, problems, grader, tokenizer,
-      batch_size=config.eval.batch_size, temperature=config.eval.temperature,
-      key=key(config.seed, 'eval', 0))
-  return Run(
-      name=name, config=config, task=task, eval_task=eval_task,
-      tokenizer=tokenizer, grader=grader, reward=reward, encode=encode,
-      group=jax.jit(group, out_shardings=replicated),
-      sample=make_sample(group_size=config.rollout.group_size),
-      make_batch=make_batch, split=grpo.make_split_fn(batch), score=score,
-      update=update, make_evaluate=make_evaluate,
-      evaluate=make_evaluate(eval_task),
+  return Programs(
+      sampler=sampler, make_batch=make_batch, score=score, update=update,
+      layout=layout_lib.make(
+          microbatch_size=config.updates.microbatch_size,
+          short_share=config.updates.short_share, pack=config.updates.pack,
+          shardings=batch),
+      put_away=lambda params: jax.device_put(params, waiting),
+      bring=lambda params: jax.device_put(params, param_shardings),
       to_sampler=place(to_sampler, sampler_shardings),
-      load_params=lambda: family.load(config.model.path, model,
-                                      param_shardings),
       init_opt_state=place(optimizer.init, opt_shardings),
-      replicate=lambda tree: sharding.to_global(tree, replicated),
-      state_shapes=state_shapes, manifest=_manifest(task, eval_task))
+      state_shapes=state_shapes)
 
 
 def make_optimizer(
@@ -217,13 +336,27 @@ def key(seed: int, stream: str, step: int) -> jax.Array:
   return jax.random.fold_in(root, step)
 
 
+def _prompt_places(mesh: jax.sharding.Mesh) -> types.Prompts:
+  """Where the fields of `types.Prompts` lie."""
+  rows, replicated = sharding.sampling_batch(mesh), sharding.replicated(mesh)
+  return types.Prompts(tokens=rows, mask=rows, index=replicated,
+                       target_lengths=replicated)
+
+
+def _backend(mesh: jax.sharding.Mesh) -> str:
+  """Whose kernels the mesh's devices take, wherever they are compiled for."""
+  platform = mesh.devices.flat[0].platform
+  return platform if platform in ('tpu', 'gpu') else 'xla'
+
+
 def _num_slots(config: ml_collections.ConfigDict, model: Any,
-               mesh: jax.sharding.Mesh) -> int:
+               mesh: jax.sharding.Mesh, memory: int | None) -> int:
   """Decode slots on all devices: as asked, or what memory holds."""
   settings = config.rollout
   if settings.num_slots:
     return settings.num_slots
-  memory = sharding.device_memory(mesh)
+  # Hosts differ a little in what they have.
+  memory = memory or min(hosts.gather(sharding.device_memory(mesh)))
   fits = mesh.size * sampling.slots_that_fit(
       model, cache_dtype=settings.cache_dtype,
       max_completion_length=settings.max_completion_length,

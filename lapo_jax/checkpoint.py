@@ -40,6 +40,8 @@ from jaxtyping import Array, Shaped, UInt32
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lapo_jax import hosts
+
 # How many of the newest checkpoints stay, beside the best one.
 _NUM_LATEST = 2
 _NAME = re.compile(r'(\d+)-step-(\d+)')
@@ -86,7 +88,8 @@ def save(folder: str | os.PathLike, step: int, state: Any, meta: dict,
   })
   record = {'text': text, 'crc32': zlib.crc32(text.encode())}
   # Leftovers count: a killed save of the same step must not be in the way.
-  serial = 1 + max((entry.serial for entry in _entries(folder)), default=0)
+  serial = hosts.from_first(lambda: 1 + max(
+      (entry.serial for entry in _entries(folder)), default=0))
   with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
         folder / f'{serial:06d}-step-{step}',
@@ -123,9 +126,11 @@ def restore_latest(folder: str | os.PathLike, like: Any,
     if leaf.sharding is None:
       raise ValueError(f'like{path} has no sharding: got {leaf}, expected a '
                        'jax.ShapeDtypeStruct(shape, dtype, sharding=...)')
-  entries = [entry for entry in _entries(folder) if entry.committed]
+  # A listing is one host's view of a disk: process 0's counts for all.
+  names = hosts.from_first(lambda: [
+      entry.path.name for entry in _entries(folder) if entry.committed])
   reasons = []
-  for entry in reversed(entries):
+  for entry in reversed([_entry(folder / name) for name in names]):
     record, reason = _attempt(_read_record, entry.path)
     if not reason:
       if field:
@@ -199,14 +204,16 @@ class _Entry(NamedTuple):
 
 def _entries(folder: epath.Path) -> list[_Entry]:
   """The checkpoints in `folder`, oldest first, with what kills left over."""
-  entries = []
-  for path in folder.iterdir() if folder.exists() else ():
-    match = _NAME.match(path.name)
-    if match:
-      whole = match.end() == len(path.name)
-      committed = whole and ocp.utils.is_checkpoint_finalized(path)
-      entries.append(_Entry(int(match[1]), int(match[2]), committed, path))
-  return sorted(entries)
+  return sorted(_entry(path) for path in
+                (folder.iterdir() if folder.exists() else ())
+                if _NAME.match(path.name))
+
+
+def _entry(path: epath.Path) -> _Entry:
+  match = _NAME.match(path.name)
+  whole = match.end() == len(path.name)
+  committed = whole and ocp.utils.is_checkpoint_finalized(path)
+  return _Entry(int(match[1]), int(match[2]), committed, path)
 
 
 def _prune(folder: epath.Path, serial: int, step: int) -> None:
@@ -295,9 +302,9 @@ def _attempt(read: Callable, *args: Any) -> tuple[Any, str]:
       time.sleep(0.05)
       gc.collect()
     sys.unraisablehook = hook
-  if jax.process_count() > 1:
-    fine = np.all(multihost_utils.process_allgather(np.asarray(not reason)))
-    reason = reason or ('' if fine else 'unreadable to another process')
+  every = hosts.gather(reason)
+  reason = reason or next((f'host {host}: {found}' for host, found in
+                           enumerate(every) if found), '')
   return value, reason
 
 

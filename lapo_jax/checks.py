@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import advantages, losses, types
+from lapo_jax import advantages, losses, ratios, types
+from lapo_jax.models import _decoder
 
 
 def choices(config: ml_collections.ConfigDict) -> None:
@@ -22,7 +23,12 @@ def choices(config: ml_collections.ConfigDict) -> None:
   for key, legal in (('advantage.baseline', advantages.BASELINES),
                      ('advantage.scale', advantages.SCALES),
                      ('advantage.whiten', advantages.WHITENINGS),
-                     ('loss.aggregate', losses.AGGREGATES)):
+                     ('updates.remat', tuple(_decoder.REMAT)),
+                     ('loss.aggregate', losses.AGGREGATES),
+                     ('loss.kind', losses.KINDS),
+                     ('loss.kl', losses.DIVERGENCES),
+                     ('loss.importance_level', ratios.LEVELS),
+                     ('loss.importance_outside', ratios.OUTSIDE)):
     if config[key] not in legal:
       raise ValueError(f'{key} {config[key]!r}: expected one of {legal}.')
   for key, legal in (('dtype', ('', 'float32', 'bfloat16')),
@@ -36,14 +42,42 @@ def choices(config: ml_collections.ConfigDict) -> None:
   if not 0 < config.rollout.cache_share < 1:
     raise ValueError(f'rollout.cache_share {config.rollout.cache_share}: '
                      'expected a share of the memory, such as 0.3.')
+  if config.eval.max_completion_length < 0:
+    raise ValueError(
+        f'eval.max_completion_length {config.eval.max_completion_length}: '
+        "expected tokens, or 0 for the rollout's.")
+  cycle = config.rollout.cap_cycle
+  most = config.rollout.max_completion_length
+  if cycle.least and not (0 < cycle.least <= most and cycle.steps > 0):
+    raise ValueError(
+        f'rollout.cap_cycle is {cycle.least} tokens and {cycle.steps} steps: '
+        f'expected at most max_completion_length, {most}, and some steps.')
+  if config.rollout.refill_rounds < 0:
+    raise ValueError(f'rollout.refill_rounds {config.rollout.refill_rounds}: '
+                     'expected a number of rounds, 0 for none.')
   cap = config.loss.importance_cap
   if not cap >= 0:  # NaN too
     raise ValueError(f'loss.importance_cap {cap}: expected a positive bound '
                      'of the importance weights, such as 2, or 0 for none.')
+  floor = config.loss.importance_floor
+  if not (floor == 0 or 0 < floor < cap):
+    raise ValueError(f'loss.importance_floor {floor}: expected less than '
+                     f'loss.importance_cap {cap}, or 0 for no bound below.')
+  bound = config.loss.dual_clip
+  if not (bound == 0 or bound > 1):
+    raise ValueError(f'loss.dual_clip {bound}: expected a ratio above 1, such '
+                     'as 3, or 0 for none.')
 
 
-def batches(config: ml_collections.ConfigDict, parts: int) -> None:
-  """Checks that rows divide evenly into devices and microbatches."""
+def batches(config: ml_collections.ConfigDict, parts: int,
+            sampling_parts: int) -> None:
+  """Checks that rows divide evenly into devices and microbatches.
+
+  Args:
+    config: a stage's.
+    parts: into which the mesh cuts a microbatch.
+    sampling_parts: into which it cuts prompts.
+  """
   prompts = config.rollout.num_prompts
   minibatches = config.updates.num_minibatches
   size = config.updates.microbatch_size
@@ -52,19 +86,28 @@ def batches(config: ml_collections.ConfigDict, parts: int) -> None:
                      'expected at least 2, a group is compared with itself.')
   for name, number in (('rollout.num_prompts', prompts),
                        ('eval.batch_size', config.eval.batch_size)):
-    if number % parts:
-      near = max(parts, number // parts * parts)
-      raise ValueError(f'{name} {number} does not divide by the {parts} '
-                       f'devices that share a batch: expected a multiple of '
-                       f'{parts}, such as {near} or {near + parts}.')
+    if number % sampling_parts:
+      near = max(sampling_parts, number // sampling_parts * sampling_parts)
+      raise ValueError(
+          f'{name} {number} does not divide by the {sampling_parts} devices '
+          f'that share a batch: expected a multiple of {sampling_parts}, such '
+          f'as {near} or {near + sampling_parts}.')
   rows = prompts * config.rollout.group_size
-  legal = [n for n in range(parts, rows // minibatches + 1, parts)
-           if rows % (minibatches * n) == 0]
+  legal = microbatch_sizes(config, parts)
   if size not in legal:
     raise ValueError(
         f'updates.microbatch_size {size} does not fit {rows} completions in '
         f'{minibatches} minibatches on {parts} devices: expected one of '
         f'{legal}.')
+
+
+def microbatch_sizes(config: ml_collections.ConfigDict,
+                     parts: int) -> list[int]:
+  """What `updates.microbatch_size` may be on this many devices."""
+  rows = config.rollout.num_prompts * config.rollout.group_size
+  minibatches = config.updates.num_minibatches
+  return [n for n in range(parts, rows // minibatches + 1, parts)
+          if rows % (minibatches * n) == 0]
 
 
 def reward(config: ml_collections.ConfigDict, reward: types.Reward,

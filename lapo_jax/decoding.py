@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from lapo_jax import draws, ops, paging, pools, slots
+from lapo_jax import draws, forcing, ops, paging, pools, slots
 from lapo_jax.prefilling import Active, Setup
 
 # Steps until the host looks in, at the most.
@@ -40,6 +40,7 @@ class Job:
     prompt_lengths: int32 [P].
     prompt_pages: int32 [P, F'], where each prompt's pages lie in the pool;
       [P, 0] without one.
+    forced: `forcing.Limits` of [B] numbers, None without.
   """
 
   keys: jax.Array
@@ -47,6 +48,7 @@ class Job:
   budgets: jax.Array
   prompt_lengths: jax.Array
   prompt_pages: jax.Array
+  forced: forcing.Limits | None
 
 
 @flax.struct.dataclass
@@ -67,6 +69,9 @@ class State:
       prompts' first.
     tokens: int32 [B, T].
     logprobs: float32 [B, T].
+    thinking: bool [N], whether the completion still thinks; [0] without
+      forcing, as the next.
+    forced: bool [B, T], tokens that the policy did not choose; [B, 0].
     lengths: int32 [B], 0 = not ended.
     counts: int32 [1, 2], steps done, and busy slots in them, summed.
   """
@@ -82,6 +87,8 @@ class State:
   pages: tuple
   tokens: jax.Array
   logprobs: jax.Array
+  thinking: jax.Array
+  forced: jax.Array
   lengths: jax.Array
   counts: jax.Array
 
@@ -111,7 +118,9 @@ def relay(setup: Setup, layout: slots.Layout, state: State) -> State:
       page=_pick(page, _pick(state.page, layout.slots)),
       hidden=_pick(state.hidden, layout.slots),
       owner=jnp.where(layout.pages < num_pages, owner, new_slots),
-      base=_pick(state.base, layout.pages), table=table, pages=pages)
+      base=_pick(state.base, layout.pages), table=table, pages=pages,
+      thinking=(_pick(state.thinking, layout.slots) if setup.forced_words
+                else state.thinking))
 
 
 def held(setup: Setup, job: Job, state: State) -> Int[Array, 'N']:
@@ -195,6 +204,15 @@ def step(setup: Setup, params: Any, job: Job, after_prompt: Array,
   how = jax.tree.map(lambda x: _pick(x, row), job.how)
   drawn, logprobs = draws.draw(logits, uniforms, how, kind)
   out = jnp.where(busy, row, num_rows)
+  if setup.forced_words:
+    limits = jax.tree.map(lambda x: _pick(x, row), job.forced)
+    drawn, own, thinking = forcing.force(
+        setup.forced_words, limits, drawn, t, state.thinking | (t == 0),
+        setup.eos_ids)
+    logprobs = jnp.where(own, logprobs, 0.0)
+    state = state.replace(
+        thinking=jnp.where(busy, thinking, state.thinking),
+        forced=state.forced.at[out, t].set(~own, mode='drop'))
   tokens = state.tokens.at[out, t].set(drawn, mode='drop')
   logprobs = state.logprobs.at[out, t].set(logprobs, mode='drop')
 

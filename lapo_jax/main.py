@@ -5,6 +5,11 @@
   python -m lapo_jax.main --mode=export --workdir=runs/tiny --out=my_model
   python -m lapo_jax.main --mode=eval --config=configs/benchmarks.py \\
     --config.model.path=my_model --workdir=runs/eval
+
+On several hosts it is the same command on each. TPU pods, Slurm and Open MPI
+are recognised; elsewhere each host is told, see `hosts.initialize`:
+
+  … --coordinator=first-host:8476 --num_hosts=4 --host=1
 """
 
 import functools
@@ -12,6 +17,7 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -20,7 +26,7 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from lapo_jax import benchmark, checkpoint, export, train
+from lapo_jax import benchmark, checkpoint, export, hosts, train
 
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'export'],
                           'What to do.')
@@ -29,6 +35,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _OUT = flags.DEFINE_string(
     'out', None, 'Folder for the exported model, in the Hugging Face layout.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'Of several hosts: host:port of the first.')
+_NUM_HOSTS = flags.DEFINE_integer(
+    'num_hosts', 0, 'How many hosts; 1 joins no others.', lower_bound=0)
+_HOST = flags.DEFINE_integer('host', -1, 'Which host this is, from 0.')
+_HEARTBEAT = flags.DEFINE_integer(
+    'heartbeat_seconds', 30, 'Without a sign of life for so long, a host '
+    'counts as dead and the others end.', lower_bound=1)
 
 # A plug-in's name decides which other keys its section has.
 _NAME_FLAG = re.compile(r'--config\.(model|task|reward)\.name=(.*)')
@@ -43,7 +57,7 @@ def run() -> None:
     argv = flags.FLAGS(names_first(sys.argv))
   except (flags.Error, ValueError, TypeError, KeyError, AttributeError,
           OSError) as error:
-    _stop(error)
+    stop(error)
   app.run(main, argv=argv, flags_parser=lambda args: args)
 
 
@@ -76,6 +90,7 @@ def main(argv: list[str]) -> None:
   # Below a warning it lists the accelerators that this machine lacks.
   python_logging.getLogger('jax').setLevel('WARNING')
   _check_flags()
+  _join()
   cache, trouble = _keep_programs()
   # What is wrong with the request shows in the first half, before any compute.
   try:
@@ -83,14 +98,16 @@ def main(argv: list[str]) -> None:
       print(f'Written: {export.export(_WORKDIR.value, _OUT.value)}')
       return
     if _MODE.value == 'eval':
-      work = functools.partial(
-          benchmark.run, benchmark.prepare(_CONFIG.value, _WORKDIR.value))
+      work = functools.partial(benchmark.run, hosts.in_step(
+          lambda: benchmark.prepare(_CONFIG.value, _WORKDIR.value)))
     else:
       work = functools.partial(
           train.train, train.prepare(_CONFIG.value, _WORKDIR.value),
           _WORKDIR.value)
   except (ValueError, OSError, checkpoint.DamagedError) as error:
-    _stop(error)
+    stop(error)
+  except (Exception, KeyboardInterrupt) as error:
+    _fail(error)
   # Not before: a request that is refused is told that in one line.
   if trouble:
     logging.warning('Compiled programs are not kept: %s',
@@ -100,22 +117,43 @@ def main(argv: list[str]) -> None:
   try:
     work()
   except (train.TrainingError, checkpoint.DamagedError) as error:
-    _stop(error)
+    stop(error)
+  except train.Stopped as error:
+    stop(error, 128 + signal.SIGTERM)
+  except (Exception, KeyboardInterrupt) as error:
+    _fail(error)
 
 
 def _check_flags() -> None:
   """Ends the program when a flag is missing or has no meaning here."""
   if _MODE.value == 'export':
     if not _WORKDIR.value or not _OUT.value or _CONFIG.value is not None:
-      _stop('expected --mode=export --workdir=runs/tiny --out=my_model, and no '
+      stop('expected --mode=export --workdir=runs/tiny --out=my_model, and no '
             '--config: the run has its own.')
     return
   if not _WORKDIR.value or _CONFIG.value is None or _OUT.value:
     example = {'train': '--config=configs/tiny.py --workdir=runs/tiny',
                'eval': '--mode=eval --config=configs/benchmarks.py '
                        '--workdir=runs/eval'}
-    _stop(f'expected {example[_MODE.value]}'
+    stop(f'expected {example[_MODE.value]}'
           f'{" and no --out" if _OUT.value else ""}')
+
+
+def _join() -> None:
+  """Finds the other hosts; only the first speaks of the run as it goes."""
+  try:
+    hosts.initialize(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value,
+                     _HEARTBEAT.value)
+  except ValueError as error:
+    stop(error)
+  except hosts.NotFoundError as error:
+    stop(error, 3)  # perhaps an old run is still ending: to be tried again
+  if hosts.several():
+    if _MODE.value == 'export':
+      stop('--mode=export runs on one host: got '
+            f'{jax.process_count()}; start it alone, with --num_hosts=1.')
+    if jax.process_index():
+      logging.set_verbosity(logging.WARNING)
 
 
 def _keep_programs() -> tuple[str | None, Exception | None]:
@@ -154,7 +192,14 @@ def _try_writing(folder: epath.Path) -> None:
   probe.unlink(missing_ok=True)
 
 
-def _stop(reason: Exception | str) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
+  """Ends the program with a traceback; of several hosts, without waiting."""
+  if hosts.several():
+    hosts.leave(error)
+  raise error
+
+
+def stop(reason: Exception | str, status: int = 2) -> NoReturn:
   """Ends the program with one line."""
   # A KeyError's text is quoted, an OSError's first argument is a number.
   arguments = getattr(reason, 'args', None)
@@ -163,8 +208,8 @@ def _stop(reason: Exception | str) -> NoReturn:
   if 'Traceback (most recent call last)' in text:
     # ml_collections wraps what a config file raises; its last line tells.
     text = text.strip().splitlines()[-1].partition(': ')[2]
-  print('lapo_jax: ' + ' '.join(text.split()), file=sys.stderr)
-  sys.exit(2)
+  print(f'{hosts.name()}: {" ".join(text.split())}', file=sys.stderr)
+  sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ class Writer:
     if not self._active:
       return
     values = {name: float(value) for name, value in scalars.items()}
-    self._append('metrics', {'step': step, 'stage': stage, **values})
+    self._append('metrics', [{'step': step, 'stage': stage, **values}])
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
@@ -69,8 +69,8 @@ class Writer:
     """Writes a few completions, rows of `wording.samples_table`; JSON too."""
     if not self._active:
       return
-    for row in rows:
-      self._append('samples', {'step': step, 'stage': stage, **row})
+    self._append('samples', [{'step': step, 'stage': stage, **row}
+                             for row in rows])
     # Indented, not fenced: a completion may hold the characters of a fence.
     text = textwrap.indent(wording.samples_table(rows), '    ')
     self._board.add_text('samples', text, step)
@@ -89,10 +89,11 @@ class Writer:
   def __exit__(self, *exception):
     self.close()
 
-  def _append(self, name: str, record: Mapping[str, Any]) -> None:
+  def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
     file = self._files[name]
-    file.write(to_json(record) + '\n')
+    file.writelines(to_json(record) + '\n' for record in records)
     file.flush()
+    os.fsync(file.fileno())  # a mounted bucket keeps the rest to itself
 
 
 class Timer:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lapo_jax import paging, pools, slots
+from lapo_jax import forcing, paging, pools, slots
 
 
 class Setup(NamedTuple):
@@ -32,6 +32,7 @@ class Setup(NamedTuple):
     alone: whether one device holds a shard, which then leaves its loop by
       itself.
     pooled: whether keys and values lie in a pool.
+    forced_words: what is written in place of drawn tokens; None = nothing is.
   """
 
   model: Any
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
   backend: str | None
   alone: bool
   pooled: bool
+  forced_words: forcing.Words | None
 
 
 @flax.struct.dataclass

@@ -8,13 +8,14 @@ grades are gathered: text stays where it is, numbers go everywhere.
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from lapo_jax import grader as grader_lib
-from lapo_jax import ops, sharding, types
+from lapo_jax import hosts, ops, sharding, types
 from lapo_jax import tokenizer as tokenizer_lib
 
 # Tells this stream of random numbers from others of the same seed.
@@ -29,25 +30,52 @@ class Graded(NamedTuple):
     rows: the completions that this host decoded, as numbers b.
     texts: their texts.
     verdicts: their verdicts, see `grader.VERDICTS`, or 'truncated'.
+    results: their grades by name.
   """
 
   outcomes: types.Outcomes
   rows: np.ndarray
   texts: list[str]
   verdicts: list[str]
+  results: list[dict[str, float]]
 
 
-def choose(num_examples: int, num_prompts: int, step: int,
-           seed: int) -> np.ndarray:
-  """The problems of a step, int64 [P]; a function of (seed, step) alone.
+def choose(num_examples: int, num_prompts: int, step: int, seed: int,
+           turn: int = 0, drawn: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+  """The problems of a step, int64 [P]; a function of its arguments alone.
 
   Each epoch is one permutation; its last N mod P problems are left out, so
-  that no problem comes twice in a step.
+  that no problem comes twice in a step. A later turn of a step draws from a
+  permutation of its own what has not been `drawn`; none if fewer than P are
+  left.
   """
+  if turn:
+    left = np.setdiff1d(np.arange(num_examples), drawn)
+    rng = np.random.default_rng((seed, _ORDER, step, turn))
+    return rng.permutation(left)[:num_prompts * (len(left) >= num_prompts)]
   steps_per_epoch = num_examples // num_prompts
-  epoch, turn = divmod(step, steps_per_epoch)
+  epoch, place = divmod(step, steps_per_epoch)
   order = np.random.default_rng((seed, _ORDER, epoch)).permutation(num_examples)
-  return order[turn * num_prompts:(turn + 1) * num_prompts]
+  return order[place * num_prompts:(place + 1) * num_prompts]
+
+
+def cap(step: int, most: int, *, least: int, steps: int) -> int:
+  """The cap on generation at a step, tokens; SIRI's cycle.
+
+  L(t) = (most + least)/2 + (most − least)/2 · cos(2π t / steps)
+
+  https://arxiv.org/abs/2509.25176
+
+  Args:
+    step: t.
+    most: tokens at the start of a cycle.
+    least: tokens in its middle; 0 = always the most.
+    steps: of a cycle.
+  """
+  if not least:
+    return most
+  return round((most + least) / 2 + (most - least) / 2 *
+               math.cos(2 * math.pi * step / steps))
 
 
 def make_encode_fn(tokenizer: tokenizer_lib.Tokenizer, template: str,
@@ -166,19 +194,58 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
   known |= zip(rows[left].tolist(), found, strict=True)
   zeros = dict.fromkeys((name for r in known.values() for name in r), 0.0)
   results = [zeros | known[b] for b in rows]
-  verdicts = [r.pop('verdict') for r in results]
-  for result, cut, verdict in zip(results, truncated, verdicts, strict=True):
-    result['correct'] *= not cut
-    result['timeout'] = float(verdict == 'timeout')
-    result['crash'] = float(verdict == 'crash')
-  verdicts = ['truncated' if cut else verdict
-              for cut, verdict in zip(truncated, verdicts, strict=True)]
+  for result, cut in zip(results, truncated.tolist(), strict=True):
+    _settle(result, cut)
+  return _gathered(prompts, rows, texts, results, lengths, truncated, num_rows)
 
-  names = sorted(results[0])
-  found = np.array([[r[name] for name in names] for r in results], np.float32)
+
+def regrade(graded: Graded, samples: types.Rollout, prompts: types.Prompts,
+            examples: Sequence[types.Example], grader: grader_lib.Grader,
+            tokenizer: tokenizer_lib.Tokenizer) -> Graded:
+  """Grades again the completions that have been cut since.
+
+  Whether a completion was truncated is about how it was sampled: it stays.
+  """
+  outcomes, num_rows = graded.outcomes, samples.completion_tokens.shape[0]
+  group_size = num_rows // len(examples)
+  rows, tokens = sharding.local_rows(samples.completion_tokens)
+  _, masks = sharding.local_rows(samples.completion_mask)
+  lengths = masks.sum(axis=1)
+  local = lambda x: np.asarray(x).reshape(-1)[rows]
+  cut = np.flatnonzero(lengths < local(outcomes.lengths))
+  texts, results = list(graded.texts), list(graded.results)
+  # This host may hold none of them.
+  parts = _texts(tokenizer, tokens[cut], lengths[cut]) if len(cut) else []
+  found = grader.grade(parts, [examples[rows[i] // group_size] for i in cut])
+  for i, text, result in zip(cut, parts, found, strict=True):
+    texts[i], results[i] = text, {**dict.fromkeys(results[i], 0.0), **result}
+    _settle(results[i], False)
+  return _gathered(prompts, rows, texts, results, lengths,
+                   local(outcomes.truncated), num_rows)
+
+
+def _settle(result: dict[str, Any], truncated: bool) -> None:
+  """A grade as numbers, but for its verdict; what is truncated is wrong."""
+  result['correct'] *= not truncated
+  result['timeout'] = float(result['verdict'] == 'timeout')
+  result['crash'] = float(result['verdict'] == 'crash')
+  if truncated:
+    result['verdict'] = 'truncated'
+
+
+def _gathered(prompts: types.Prompts, rows: np.ndarray, texts: list[str],
+              results: list[dict[str, Any]], lengths: np.ndarray,
+              truncated: np.ndarray, num_rows: int) -> Graded:
+  """The grades of all hosts, from those of this host's rows."""
+  # A host all of whose completions crashed has not seen every name.
+  names = sorted({name for found in hosts.gather(sorted(results[0]))
+                  for name in found} - {'verdict'})
+  found = np.array([[r.get(name, 0.0) for name in names] for r in results],
+                   np.float32)
   columns = np.concatenate(
       [found, lengths[:, None], truncated[:, None]], axis=1, dtype=np.float32)
   columns = sharding.from_hosts(rows, columns, num_rows)
+  group_size = num_rows // prompts.index.shape[0]
   grouped = {name: jnp.asarray(column.reshape(-1, group_size))
              for name, column in zip([*names, 'lengths', 'truncated'],
                                      columns.T, strict=True)}
@@ -188,7 +255,8 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
       truncated=grouped.pop('truncated') > 0,
       prompt_index=prompts.index, target_lengths=prompts.target_lengths,
       extras=grouped)
-  return Graded(outcomes, rows, texts, verdicts)
+  verdicts = [result['verdict'] for result in results]
+  return Graded(outcomes, rows, texts, verdicts, results)
 
 
 def _texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray,

@@ -31,6 +31,7 @@ import numpy as np
 from lapo_jax import (
     decoding,
     draws,
+    forcing,
     paging,
     pools,
     prefilling,
@@ -93,6 +94,7 @@ def make_sample_fn(
     model: Any, *, group_size: int, max_completion_length: int,
     eos_ids: Sequence[int], pad_id: int, num_slots: int | None = None,
     cache_dtype: Any = '', backend: str | None = None,
+    forced_words: forcing.Words | None = None,
     shardings: tuple[Any, Any, Any] | None = None) -> Callable:
   """`(params, prompts, key, temperature, top_p, top_k, budgets) -> Rollout`.
 
@@ -108,6 +110,8 @@ def make_sample_fn(
     cache_dtype: of keys and values; '' = the model's. 'int8' has a scale
       for each token and head.
     backend: 'xla', 'tpu' or 'gpu', whose kernels are used; None = JAX's.
+    forced_words: tokens that are written where `forced` asks for it; None =
+      none ever.
     shardings: of params, of `types.Prompts` and of the batch; None on one
       device.
 
@@ -118,25 +122,26 @@ def make_sample_fn(
     an array of B keys. The log-probs are those of softmax(logits /
     temperature), of softmax(logits) when greedy, never of a truncated
     distribution. An empty prompt reads as its last slot, the pad token.
-    `watch`, the last argument, is called with a `Progress` whenever the host
-    has looked in.
+    `watch` is called with a `Progress` whenever the host has looked in.
+    `forced`, `forcing.Limits` of numbers or [B], goes with `forced_words`.
   """
   cap = max_completion_length
   programs = make_programs(
       model, group_size=group_size, max_completion_length=cap, eos_ids=eos_ids,
       pad_id=pad_id, cache_dtype=cache_dtype, backend=backend,
-      shardings=shardings)
+      forced_words=forced_words, shardings=shardings)
   shards, place, pooled = programs.shards, programs.place, programs.pooled
 
   def sample(params: Any, prompts: types.Prompts, key: Array,
              temperature: Any, top_p: Any = 1.0, top_k: Any = 0,
              budgets: Any = None,
-             watch: Callable | None = None) -> types.Rollout:
+             watch: Callable | None = None,
+             forced: forcing.Limits | None = None) -> types.Rollout:
     num_rows = prompts.tokens.shape[0] * group_size // shards
     most = min(-(-(num_slots or num_rows * shards) // shards), num_rows)
     prompts, job, kind, lengths = programs.begin(
         prompts, key, temperature, top_p, top_k,
-        cap if budgets is None else budgets)
+        cap if budgets is None else budgets, forced)
     lengths = np.asarray(lengths).reshape(shards, -1)
     pages = slots.make_store(lengths, PAGE)
     view = slots.first_view(shards, most, num_rows)
@@ -234,7 +239,8 @@ def _read(read: Callable, place: Callable, state: decoding.State,
 def make_programs(
     model: Any, *, group_size: int, max_completion_length: int,
     eos_ids: Sequence[int], pad_id: int, cache_dtype: Any,
-    backend: str | None, shardings: tuple[Any, Any, Any] | None) -> Programs:
+    backend: str | None, shardings: tuple[Any, Any, Any] | None,
+    forced_words: forcing.Words | None = None) -> Programs:
   """The programs of `make_sample_fn`, which has the same arguments.
 
   Compiles nothing yet: jit does, for each new set of shapes.
@@ -269,13 +275,13 @@ def make_programs(
   backend = backend if alone else 'xla'
   pooled = pools.has_kernel(model.cache_shape(), dtype, backend)
   setup = prefilling.Setup(model, group_size, tuple(eos_ids), PAGE, backend,
-                           alone, pooled)
+                           alone, pooled, forced_words)
 
   def empty(num_pages):
     form = pools if pooled else paging
     return form.empty(num_pages * shards, PAGE, model.cache_shape(), dtype)
 
-  def begin(prompts, key, temperature, top_p, top_k, budgets):
+  def begin(prompts, key, temperature, top_p, top_k, budgets, forced=None):
     num_prompts, prompt_slots = prompts.tokens.shape
     rows = num_prompts * group_size
     # An empty prompt reads as its last slot.
@@ -289,7 +295,8 @@ def make_programs(
     lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
     job = decoding.Job(jax.random.key_data(keys), how,
                        jnp.clip(each(budgets, jnp.int32), 1, cap), lengths,
-                       jnp.zeros((num_prompts, 0), jnp.int32))
+                       jnp.zeros((num_prompts, 0), jnp.int32),
+                       jax.tree.map(lambda x: each(x, jnp.int32), forced))
     return (prompts.tokens, mask), job, how.kind(), lengths
 
   def first_store(params, prompts, num_pages):
@@ -315,6 +322,8 @@ def make_programs(
         pages=() if pooled else empty(num_pages),
         tokens=zeros(num_rows, cap) + pad_id,
         logprobs=jnp.zeros((num_rows, cap), jnp.float32),
+        thinking=jnp.zeros(slots_ if forced_words else 0, bool),
+        forced=jnp.zeros((num_rows, cap if forced_words else 0), bool),
         lengths=zeros(num_rows), counts=zeros(shards, 2))
 
   def end(prompts, state):
@@ -323,7 +332,8 @@ def make_programs(
     return types.Rollout(
         prompt_tokens=widen(prompts[0]), prompt_mask=widen(prompts[1]),
         completion_tokens=state.tokens, completion_mask=mask,
-        action_mask=mask, sampler_logprobs=state.logprobs)
+        action_mask=mask & ~state.forced if forced_words else mask,
+        sampler_logprobs=state.logprobs)
 
   held = spread(functools.partial(decoding.held, setup), 'cc')
   return Programs(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder and what lies between its stages.
 
-`claim` makes the folder this run's own, `resume` finds where it stopped,
+`agree` asks all hosts whether they are about to do the same, `claim` makes
+the folder this run's own, `resume` finds where it stopped,
 `begin` and `reference` make what is new at a stage's start, `record` keeps
 what a stage reached. Each stage has a folder of checkpoints of its own: the
 last of one is the reference policy of the next.
@@ -17,12 +18,30 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import build, checkpoint, metrics, types, workdir
+from lapo_jax import build, checkpoint, hosts, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
 
 # Keys in which a resumed run may differ: they change no number it computes.
 _FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
               'checkpoint_every')
+
+
+def agree(config: ml_collections.ConfigDict, runs: list[build.Run]) -> None:
+  """Checks that every host is about to run the same programs on the same data.
+
+  The programs are those that score and update at the first step, lowered; the
+  sampler's follow from the same code, versions, config and model.
+
+  Raises:
+    ValueError: a host differs; the message says which and in what.
+  """
+  if jax.process_count() == 1:
+    return
+  facts = {**hosts.software(), 'config': json.loads(config.to_json()),
+           'data': {run.name: run.manifest for run in runs}}
+  for run in runs:
+    facts[f'programs of stage {run.name!r}'] = _programs(run)
+  hosts.compare(facts)
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
@@ -104,9 +123,9 @@ def record(folder: pathlib.Path, writer: metrics.Writer, first_step: int,
            steps: int) -> None:
   """Evaluates at a stage's end, once: the summary's row of this stage."""
   file = _record_file(folder, number)
-  if file.exists():
-    found = json.loads(file.read_text())
-  else:
+  found = hosts.from_first(
+      lambda: json.loads(file.read_text()) if file.exists() else None)
+  if found is None:
     with run.grader:
       found = evaluate(run, params)
     if jax.process_index() == 0:
@@ -133,6 +152,33 @@ def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
                '%.1f %%', run.name, 100 * found['accuracy'],
                found['mean_tokens'], 100 * found['truncated'])
   return found
+
+
+def _programs(run: build.Run) -> list[str]:
+  """The lowered text of what scores and updates, on a first step's shapes."""
+  settings = run.config.rollout
+  num_prompts, slots = settings.num_prompts, settings.max_completion_length
+  rows = num_prompts * settings.group_size
+  shape = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype)
+  whole = {'prompt': settings.max_prompt_length, 'completion': slots}
+  rollout = types.Rollout(
+      **{f'{part}_tokens': shape(n, jnp.int32) for part, n in whole.items()},
+      **{f'{part}_mask': shape(n, jnp.bool_) for part, n in whole.items()},
+      action_mask=shape(slots, jnp.bool_),
+      sampler_logprobs=shape(slots, jnp.float32))
+  advantages = jax.ShapeDtypeStruct((num_prompts, settings.group_size),
+                                    jnp.float32)
+  batch = jax.eval_shape(
+      lambda *found: run.make_batch(*found, slots), rollout, advantages)
+  logprobs = shape(slots, jnp.float32)
+  batch = batch.replace(
+      old_logprobs=logprobs,
+      ref_logprobs=logprobs if run.config.loss.kl_coef else None)
+  # Jitted once more, whatever they are made of.
+  lower = lambda program, *arguments: jax.jit(program).lower(
+      *arguments).as_text()
+  return [lower(run.score, run.state_shapes.params, rollout),
+          lower(run.update, run.state_shapes, batch)]
 
 
 def _checkpoints(folder: pathlib.Path, stage: int) -> pathlib.Path:

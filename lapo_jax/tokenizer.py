@@ -37,6 +37,24 @@ class Tokenizer:
         [np.asarray(row).tolist() for row in rows], skip_special_tokens=True,
         clean_up_tokenization_spaces=False)
 
+  def token(self, text: str) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+      ValueError: it is none, or several.
+    """
+    [ids] = self.encode([text])
+    if len(ids) != 1:
+      raise ValueError(f'{text!r} is {len(ids)} tokens, {ids}: expected a text '
+                       'that is one to this tokenizer.')
+    return ids[0]
+
+  def pieces(self) -> list[str]:
+    """The text of each token by itself, stop tokens and the like included."""
+    return self._reader.batch_decode(
+        [[i] for i in range(self.vocab_size)],
+        clean_up_tokenization_spaces=False)
+
   def chat(self, question: str) -> str:
     """The question as a user's turn in the tokenizer's own chat template.
 

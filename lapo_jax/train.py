@@ -22,7 +22,9 @@ import numpy as np
 from lapo_jax import advantages as advantages_lib
 from lapo_jax import (
     build,
+    groups,
     grpo,
+    hosts,
     metrics,
     ops,
     report,
@@ -33,14 +35,16 @@ from lapo_jax import (
 )
 from lapo_jax import evaluate as evaluate_lib
 
-# Tells the random numbers of `instruct` from others of the same seed.
-_INSTRUCT = 2
 # A run that skips this many updates in a row has nothing left to learn from.
 _MAX_NONFINITE = 3
 
 
 class TrainingError(RuntimeError):
   """Training broke down; the message says what to change."""
+
+
+class Stopped(RuntimeError):
+  """The hosts were asked to end; what is done has been saved."""
 
 
 def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
@@ -50,6 +54,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
 
   Raises:
     TrainingError: several updates in a row were not finite.
+    Stopped: one of several hosts was sent SIGTERM.
   """
   config = run.config
   # With one update a batch the policy that samples is the policy that learns.
@@ -60,47 +65,26 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
 
   for step in range(first_step, last_step):
     timer = metrics.Timer()
-    with timer('prompts'):  # depends on (seed, step) alone: resume is exact
-      memory = jax.device_get(state.reward_state)
-      rng = np.random.default_rng((config.seed, _INSTRUCT, step))
-      indices = rollout.choose(len(run.task), config.rollout.num_prompts, step,
-                               config.seed)
-      examples = [run.reward.instruct(run.task[int(i)], int(i), memory, rng)
-                  for i in indices]
-      prompts = run.encode(examples, indices)
-
-    with rollout.Ahead(run.grader, run.tokenizer, examples,
-                       config.rollout.group_size) as ahead:
-      with timer('sample'):
-        policy = run.to_sampler(state.params)  # decode layout
-        samples = jax.block_until_ready(run.sample(
-            policy, prompts, build.key(config.seed, 'sample', step),
-            np.float32(config.rollout.temperature),
-            watch=ahead.watch if config.rollout.grade_ahead else None))
-        del policy  # frees the copy before the backward pass
-
-      with timer('grade'):  # text on the host that holds it, numbers everywhere
-        graded = rollout.grade(samples, prompts, examples, run.grader,
-                               run.tokenizer, ahead)
-      outcomes = run.replicate(graded.outcomes)
-      score = functools.partial(run.score, state.params)
-      extras = run.group(run.reward.measure(samples, score, run.encode))
-      outcomes = outcomes.replace(extras={**outcomes.extras, **extras})
+    found = groups.collect(run, state, step, timer)
+    samples, outcomes, graded = found.samples, found.outcomes, found.graded
 
     with timer('advantages'):
       rewards, reward_state = apply_reward(outcomes, state.reward_state)
       advantages = advantages_lib.from_rewards(rewards, outcomes.lengths,
                                                **config.advantage)
-      lengths = np.ravel(graded.outcomes.lengths)
-      slots = ops.bucket(int(lengths.max()),
+      slots = ops.bucket(int(np.max(graded.outcomes.lengths)),
                          config.rollout.max_completion_length)
-      batch = run.make_batch(samples, advantages, slots)
+      trained = run.mute and run.mute(samples, outcomes.correct)
+      batch = run.make_batch(samples, advantages, slots, trained)
 
     with timer('score'):
+      lengths = run.layout.lengths(batch.rollout)
+      scored = lambda params: run.layout.score(  # noqa: E731
+          functools.partial(run.score, params), batch, lengths)  # noqa: B023
       batch = batch.replace(
-          old_logprobs=None if on_policy else score(batch.rollout),
+          old_logprobs=None if on_policy else scored(state.params),
           ref_logprobs=(None if ref_params is None else
-                        run.score(ref_params, batch.rollout)))
+                        scored(run.bring(ref_params))))
       jax.block_until_ready(batch)
 
     updates = []
@@ -108,9 +92,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       for part, rows in grpo.minibatches(
           batch, config.updates.num_epochs, config.updates.num_minibatches,
           config.loss.aggregate):
-        part = _by_length(run, part, lengths[rows], slots)
-        state, found = run.update(state, part)  # donates state
-        updates.append(found)
+        part = run.layout.arrange(part, lengths[rows])
+        state, one = run.update(state, part)  # donates state
+        updates.append(one)
       state = state.replace(step=state.step + 1, reward_state=reward_state)
       nonfinite = int(state.nonfinite)
 
@@ -120,18 +104,24 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
           'a row; parameters are as before the first. Lower '
           'optimizer.learning_rate, or look at the samples of these steps.')
     bar.update()
-    update_metrics = grpo.merge(updates) | {'update/nonfinite': nonfinite}
+    update_metrics = grpo.merge(updates) | {
+        'update/nonfinite': nonfinite, 'rollout/rounds': found.rounds}
     _log(run, writer, step, last_step,
          metrics.summary(outcomes, rewards, advantages, update_metrics, timer),
-         lambda: _samples(graded, examples, rewards))  # noqa: B023
-    found = None
+         lambda: _samples(graded, found.examples, rewards))  # noqa: B023
+    reached = None
     last = step == last_step - 1  # whose evaluation is the stage's record
     if metrics.every(step, config.eval_every) and not last:
-      found = stages.evaluate(run, state.params)
+      reached = stages.evaluate(run, state.params)
       writer.write(step, run.name,
-                   evaluate_lib.scalars(found, config.task.name))
-    if metrics.every(step, config.checkpoint_every, last=last_step - 1):
-      save(state, found and found['accuracy'])
+                   evaluate_lib.scalars(reached, config.task.name))
+    asked = hosts.asked_to_stop(step)
+    if asked or metrics.every(step, config.checkpoint_every,
+                              last=last_step - 1):
+      save(state, reached and reached['accuracy'])
+    if asked:
+      raise Stopped(f'asked to end after step {step}, which is saved: the '
+                    'same command, on all hosts again, goes on from there.')
 
   bar.close()
   return state
@@ -153,6 +143,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict,
     ValueError: a setting that does not fit, or a folder of another run;
       nothing has been computed or written.
     TrainingError: training broke down.
+    Stopped: one of several hosts was sent SIGTERM.
   """
   return train(prepare(config, workdir), workdir)
 
@@ -164,8 +155,9 @@ def prepare(config: ml_collections.ConfigDict,
   Raises:
     ValueError: as `train_and_evaluate`.
   """
-  runs = [build.build(name, stage)
-          for name, stage in build.stage_configs(config)]
+  runs = hosts.in_step(lambda: [
+      build.build(name, stage) for name, stage in build.stage_configs(config)])
+  stages.agree(config, runs)
   stages.claim(pathlib.Path(workdir), config, runs)
   return runs
 
@@ -191,8 +183,9 @@ def train(runs: list[build.Run], workdir: str) -> types.TrainState:
                                                     seconds(), metric)
       with run.grader:
         run.grader.start()
+        reference = stages.reference(runs, i, workdir)
         state = train_stage(
-            run, state, stages.reference(runs, i, workdir),
+            run, state, reference and run.put_away(reference),
             last_step=ends[i], writer=writer, save=save)
         record(i + 1, run, state.params, name=run.name, steps=ends[i])
 
@@ -234,17 +227,3 @@ def _samples(graded: rollout.Graded, examples: list[types.Example],
       'verdict': graded.verdicts[i], 'length': int(lengths[b]),
       'reward': float(totals[b])
   } for i, b in zip(picks, graded.rows[picks], strict=True)]
-
-
-def _by_length(run: build.Run, batch: types.Batch, lengths: np.ndarray,
-               slots: int) -> types.Batch | tuple[types.Batch, types.Batch]:
-  """The batch split by length where that spares slots."""
-  updates = run.config.updates
-  size = updates.microbatch_size
-  num_short = int(updates.short_share * len(lengths)) // size * size
-  if not num_short:
-    return batch
-  short_slots = ops.bucket(int(np.sort(lengths)[num_short - 1]), slots)
-  if short_slots == slots:
-    return batch
-  return run.split(batch, num_short, short_slots)

@@ -81,6 +81,9 @@ class Rollout:
     action_mask: bool [B, T], true where the policy chose the token. Forced
       tokens are attended, never trained on.
     sampler_logprobs: float32 [B, T], at sampling temperature; 0 on padding.
+    segments: int32 [B, S], None as sampled. Of rows that hold several prompts
+      and completions, see `packing`: which of them each slot belongs to,
+      counted from 1, 0 on padding.
   """
 
   prompt_tokens: Leaf
@@ -89,6 +92,7 @@ class Rollout:
   completion_mask: Leaf
   action_mask: Leaf
   sampler_logprobs: Leaf
+  segments: Leaf = None
 
 
 @flax.struct.dataclass
@@ -141,7 +145,7 @@ class Batch:
 
   Attributes:
     rollout: Rollout.
-    advantages: float32 [B].
+    advantages: float32 [B], or [B, T] of rows that hold several completions.
     old_logprobs: float32 [B, T], of the policy at the start of the step.
     ref_logprobs: float32 [B, T] of the reference policy, None without KL.
     weights: float32 [B, T], token weights, see `losses.token_weights`.
@@ -220,6 +224,11 @@ class Reward(NamedTuple):
       runs beside grading, on the host that holds the text.
     measure: (Rollout, logprob_fn, encode) -> {name: float32 [B]}; extra
       questions to the policy; the loop groups them, they become `extras`.
+    trim: Outcomes -> int32 [P, G], tokens to keep of each completion. What is
+      cut is graded again before all else; None = nothing is ever cut.
+    mute: (text of each token) -> a function (Rollout, correct [B]) ->
+      bool [B, T], false on tokens whose advantage shall be 0; None = all
+      count.
   """
 
   apply: Callable[[Outcomes, Any], tuple[Rewards, Any]]
@@ -229,6 +238,9 @@ class Reward(NamedTuple):
   read: Callable[[str, Example], dict[str, float]] = _reads_nothing
   measure: Callable[[Rollout, LogprobFn, EncodeFn],
                     dict[str, jax.Array]] = _measures_nothing
+  trim: Callable[[Outcomes], jax.Array] | None = None
+  mute: Callable[[Sequence[str]], Callable[[Rollout, jax.Array],
+                                           jax.Array]] | None = None
 
 
 @runtime_checkable

@@ -6,9 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-
-from lapo_jax import metrics
+from lapo_jax import hosts, metrics
 
 _NAMED = 5  # differences that are told one by one
 _SHOWN = 60  # characters of a value that are told
@@ -16,7 +14,7 @@ _SHOWN = 60  # characters of a value that are told
 
 def claim(folder: pathlib.Path, contents: Mapping[str, Any],
           free_keys: Sequence[str] = ()) -> None:
-  """Makes the folder this run's own; process 0 writes.
+  """Makes the folder this run's own; process 0 looks and writes.
 
   Args:
     folder: made if missing.
@@ -24,9 +22,20 @@ def claim(folder: pathlib.Path, contents: Mapping[str, Any],
     free_keys: sections in which a run that goes on may differ.
 
   Raises:
-    ValueError: it holds another run, named by what differs; nothing is
-      written.
+    ValueError: it holds another run, named by what differs, and nothing is
+      written; or it is not the same folder on every host.
   """
+  hosts.from_first(lambda: _claim(folder, contents, free_keys))
+  for host, there in enumerate(hosts.gather(all(
+      (folder / name).exists() for name in contents))):
+    if not there:
+      raise ValueError(f'{folder}: host {host} does not see what host 0 has '
+                       'written there: expected a --workdir on storage that '
+                       'all hosts share.')
+
+
+def _claim(folder: pathlib.Path, contents: Mapping[str, Any],
+           free_keys: Sequence[str]) -> None:
   missing = []
   for name in contents:
     file = folder / name
@@ -51,11 +60,10 @@ def claim(folder: pathlib.Path, contents: Mapping[str, Any],
       raise ValueError(f'{folder} holds another run, by its {name}: '
                        f'{"; ".join(changed[:_NAMED])}{more}. Give another '
                        '--workdir, or the same config and data to go on.')
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in missing:
-      metrics.replace_text(folder / name,
-                           metrics.to_json(contents[name], indent=2))
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in missing:
+    metrics.replace_text(folder / name,
+                         metrics.to_json(contents[name], indent=2))
 
 
 def _short(value: Any) -> str:

@@ -60,7 +60,8 @@ def formula(queries, pages, lengths, table):
   return mixed
 
 
-@pytest.mark.parametrize('shape', [(12, 2, 128, 64, 3), (7, 1, 128, 16, 5)], ids=str)
+@pytest.mark.parametrize('shape', [(12, 2, 128, 64, 3),
+                                   (7, 1, 128, 16, 5)], ids=str)
 def test_the_kernel_is_the_formula(interpreted, shape):
   case = make_case(*shape)
   mixed = pools.attend(*case)
