@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table by hand; the picture for every number of stages and levels."""
+"""The table by hand; the picture for every number of stages and levels; the
+page, which must show what a model wrote and never obey it.
+"""
 
+import base64
+import html.parser
 import json
 import struct
+import sys
 
+import folders_of_runs
 import pytest
 
-from lapo_jax import report
+from lapo_jax import arms, report
 
 
 def stage(name, steps, accuracy, tokens, levels=()):
@@ -84,3 +90,95 @@ def test_no_stages_is_an_error(tmp_path):
 def test_picture_of_any_stages(tmp_path, stages, width):
   report.draw_summary(stages, tmp_path / 'x.png')
   assert size(tmp_path / 'x.png') == (width, 500)
+
+
+# A page of a run's folder, or of several.
+
+
+class Page(html.parser.HTMLParser):
+  """What a browser would see: tags that close, addresses, the text."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.open, self.tags, self.addresses, self.shown = [], set(), [], []
+    self.feed(path.read_text(encoding='utf-8'))
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.add(tag)
+    self.addresses += [v for k, v in attrs if k in ('src', 'href', 'srcset')]
+    assert not [name for name, _ in attrs if name.startswith('on')]
+    if tag not in ('meta', 'img'):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.shown.append(data)
+
+
+def check_page(path):
+  page = Page(path)
+  assert not page.tags & {'script', 'link', 'iframe', 'object', 'form', 'base'}
+  assert all(address.startswith('data:image/png;base64,')
+             for address in page.addresses)
+  for address in page.addresses:
+    png = base64.b64decode(address.partition(',')[2], validate=True)
+    assert png.startswith(b'\x89PNG')
+  return page
+
+
+def test_page_of_one_run(tmp_path):
+  folder = folders_of_runs.write(tmp_path / 'a <b> run', steps=8,
+                                 stages=('discovery', 'internalisation'))
+  out = report.report([folder], tmp_path / 'new' / 'report.html')
+  page = check_page(out)
+  text = ' '.join(page.shown)
+  assert 'Run a <b> run' in text and 'internalisation' in text
+  # Shown as it was written, but for what a browser would obey.
+  assert ('</pre><script>alert(1)</script> $\\bad{$ \ufffd\ufffd & "quoted"'
+          in text)
+  assert '\u202e' not in text and '\x00' not in text
+  assert text.count('step 0, ') == 1 and 'step 2, ' not in text
+  assert len(page.addresses) == 2
+
+
+def test_page_of_a_run_that_goes_on(tmp_path):
+  folder = folders_of_runs.write(tmp_path / 'r', finished=False, levels=())
+  (folder / 'stages' / '1.json').unlink()
+  (folder / 'metrics.jsonl').unlink()
+  (folder / 'samples.jsonl').unlink()
+  page = check_page(report.report([folder], tmp_path / 'x.html'))
+  assert 'still going on' in ' '.join(page.shown)
+  assert len(page.addresses) == 1
+
+
+def test_page_of_several_runs(tmp_path):
+  folders = [
+      folders_of_runs.write(tmp_path / f'{method}_{seed}', seed=seed,
+                            method=method, tokens=tokens, finished=seed == 0)
+      for method, tokens in (('lapo', 40.0), ('sar', 50.0)) for seed in (0, 1)]
+  page = check_page(report.report(folders, tmp_path / 'x.html'))
+  text = ' '.join(page.shown)
+  assert 'Not finished: lapo_1, sar_1.' in text
+  assert '4 runs side by side' in text and 'reward.name' in text
+  assert 'lapo' in page.shown and 'sar' in page.shown  # arms, not runs
+  # plane, levels; length, correct, truncated, entropy.
+  assert len(page.addresses) == 6
+
+
+def test_what_is_no_run_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+  for folder, words in ((tmp_path / 'none', 'expected the --workdir of a run'),
+                        (tmp_path / 'empty', 'has evaluated nothing yet')):
+    if folder.name == 'empty':
+      folder.mkdir()
+      (folder / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match=words):
+      arms.load(folder)
+  monkeypatch.setattr(sys, 'argv', [
+      'report', f'--workdir={tmp_path}/none', f'--out={tmp_path}/x.html'])
+  with pytest.raises(SystemExit) as end:
+    report.main()
+  assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+  assert not (tmp_path / 'x.html').exists()
