@@ -14,4 +14,8 @@ control.
 
 from configs import lapo_r1_1p5b
 
-get_config = lapo_r1_1p5b.get_config
+
+def get_config(argument=''):
+  config = lapo_r1_1p5b.get_config(argument)
+  config.model.path = 'DeepScaleR-1.5B-Preview'
+  return config

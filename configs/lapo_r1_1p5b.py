@@ -7,7 +7,12 @@
 `model.path` is the model's folder; `task.path` the folder of deepscaler.json,
 math_train.json and, held out, math500.json. The paper trains on four GPUs of
 80 GB; we have not run it at this size. Its MATH-500 goes from 83.1 % and
-4,031 tokens to 84.3 % and 2,354.
+4,031 tokens to 84.3 % and 2,354. Whether it fits a TPU slice is told by
+
+  python -m lapo_jax.plan --config=configs/lapo_r1_1p5b.py --topology=v5e:4x4
+
+Parameters, optimizer and batch are cut over all chips (mesh.fsdp); of more
+than 16, `updates.microbatch_size` must be a multiple.
 
 The argument is the method: `configs/lapo_r1_1p5b.py:accuracy` is the control,
 the same steps and cap in one stage.
@@ -26,6 +31,7 @@ Departures from the paper:
 
 from configs import default
 
+_MODEL = 'DeepSeek-R1-Distill-Qwen-1.5B'
 _STEPS = 234
 
 
@@ -33,13 +39,15 @@ def get_config(argument=''):
   parts = ['task=math', *filter(None, argument.split(','))]
   config = default.get_config(','.join(parts))
   config.total_steps = _STEPS
-  config.model.update(path='', dtype='bfloat16')
+  # The model's name, whose shape `plan` knows; a run needs its folder.
+  config.model.update(path=_MODEL, dtype='bfloat16')
   config.rollout.update(
       num_prompts=128, group_size=8, max_prompt_length=1024,
       max_completion_length=4096, temperature=1.0,
       template=default.LAPO_TEMPLATE)
   # 1,024 completions in eight updates of 128.
-  config.updates.update(num_epochs=1, num_minibatches=8, microbatch_size=16)
+  config.updates.update(num_epochs=1, num_minibatches=8, microbatch_size=16,
+                        remat='full', scan_layers=True)
   config.optimizer.update(
       learning_rate=1e-6, b1=0.9, b2=0.95, weight_decay=0.0, warmup_share=0.03,
       final_share=0.1, clip_norm=1.0)

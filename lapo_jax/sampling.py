@@ -43,7 +43,7 @@ from lapo_jax import (
 # Tokens whose keys and values lie together.
 PAGE = 64
 # Prompt tokens that are prefilled in one call, about.
-_PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096
 
 
 class Progress(NamedTuple):
@@ -150,7 +150,7 @@ def make_sample_fn(
     store = programs.first_store(params, prompts,
                                  pages.size + (num_pages if pooled else 0))
     for rows, into in slots.prefill_batches(pages,
-                                            _PREFILL_TOKENS // PAGE):
+                                            PREFILL_TOKENS // PAGE):
       store = programs.prefill(params, prompts, *place((rows, into)), store)
 
     ready, columns = None, 0

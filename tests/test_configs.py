@@ -15,7 +15,9 @@ from lapo_jax import benchmark, build, main, plugins, train
 _ROOT = pathlib.Path(__file__).parent.parent
 _DATA = _ROOT.parent / 'shared' / 'data'
 _CONFIGS = sorted(path.stem for path in (_ROOT / 'configs').glob('[a-z]*.py'))
-_PAPER = ('lapo_r1_1p5b', 'lapo_deepscaler_1p5b')
+_PAPER = {'lapo_r1_1p5b': 'DeepSeek-R1-Distill-Qwen-1.5B',
+          'lapo_deepscaler_1p5b': 'DeepScaleR-1.5B-Preview',
+          'lapo_r1_7b': 'DeepSeek-R1-Distill-Qwen-7B'}
 
 needs_data = pytest.mark.skipif(
     not (_DATA / 'aime_train.json').exists(),
@@ -144,7 +146,8 @@ def test_every_config_tells_its_command():
 @pytest.mark.parametrize('name', _PAPER)
 def test_the_recipe_of_the_paper(name):
   config = load(name)
-  assert config.model.path == ''  # nobody's model by accident
+  # A name, no folder: nobody's model by accident.
+  assert config.model.path == _PAPER[name]
   assert config.model.dtype == 'bfloat16'
   rollout, updates = config.rollout, config.updates
   assert (rollout.num_prompts, rollout.group_size) == (128, 8)
@@ -199,7 +202,7 @@ def test_the_protocol_of_the_paper():
               'math500': 4, 'aime24': 32, 'amc23': 32, 'olympiad_bench': 4}
   assert (config.temperature, config.top_p, config.top_k,
           config.max_completion_length) == (0.6, 0.95, 0, 32768)
-  assert config.template == load(_PAPER[0]).rollout.template
+  assert config.template == load('lapo_r1_1p5b').rollout.template
   assert list(load('benchmarks', 'aime24').benchmarks) == ['aime24']
   assert load('benchmarks', 'model=qwen2,amc23').model.name == 'qwen2'
   with pytest.raises(ValueError, match="'aime'.*aime24"):
