@@ -53,6 +53,6 @@ setuptools.setup(
         'colab': ['ipykernel>=6.29', 'ipywidgets>=8.1'],
         'test': ['beartype>=0.19', 'hypothesis>=6.130', 'ipykernel>=6.29',
                  'ipywidgets>=8.1', 'nbclient>=0.10', 'pytest>=8.0',
-                 'ruff>=0.12'],
+                 'pytest-xdist>=3.6', 'ruff>=0.12'],
     },
 )

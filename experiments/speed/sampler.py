@@ -16,35 +16,20 @@ import json
 import pathlib
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.real_models import cases
-from experiments.speed import machine, points, serving
+from experiments.speed import machine, points, serving, turns
 from lapo_jax import grpo, types
 from lapo_jax.models import qwen2
 
 _MOST_DIFFERENCE = 1e-4
 _PEERS = ('ours', 'bare', 'transformers', 'trl', 'tunix')
-# How often a run is tried until nothing else ran meanwhile: beside one other
-# busy process torch's threads wait for one another, twenty times as long.
-_ATTEMPTS = 10
 # Our sampler under twice the cap, the lengths as they are.
 _DOUBLED = 'ours, cap doubled'
-
-
-class _Run(NamedTuple):
-  """One call of a peer."""
-
-  seconds: float
-  facts: dict[str, float]
-  # CPU seconds per second: the peer's, of those that wait, of all else on
-  # the machine.
-  cores: float
-  waiting_cores: float
-  other_cores: float
 
 
 def main() -> None:
@@ -59,13 +44,13 @@ def main() -> None:
   parser.add_argument('--out', help='a JSON file with every repeat')
   flags = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  names = _choice('peers', flags.peers, _PEERS)
+  names = turns.choice('peers', flags.peers, _PEERS)
   report = {
       'command': ' '.join(['python -m experiments.speed.sampler',
                            *sys.argv[1:]]),
       'date': datetime.datetime.now().isoformat(timespec='seconds'),
       'machine': machine.describe(), 'points': {}}
-  for name in _choice('points', flags.points, points.POINTS):
+  for name in turns.choice('points', flags.points, points.POINTS):
     found = measure(points.POINTS[name], names, flags)
     report['points'][name] = found
     print(table(name, found), flush=True)
@@ -100,14 +85,11 @@ def measure(point: points.Point, names: list[str],
       firsts, differences = {}, {}
       for name in peers:
         file = '' if name == 'bare' else f'{folder}/compared.npz'
-        firsts[name] = _run(peers, name, 0, file)
+        firsts[name] = turns.run(peers, name, 0, file)
         if file:
           differences[name] = _difference(model, params, work, file)
           _check(name, differences[name])
-      runs = {name: [] for name in peers}
-      for repeat in range(flags.repeats):
-        for name in peers:
-          runs[name].append(_run(peers, name, 1 + repeat))
+      runs = turns.repeat(peers, flags.repeats)
     finally:
       for peer in peers.values():
         peer.close()
@@ -124,7 +106,7 @@ def table(point: str, found: dict[str, Any]) -> str:
   lines = ['| point | sampler | tokens/s | ours is faster by | the bare '
            'products are | compiling s | log-probs differ by | busy slots | '
            'cache MB |', '|---|---|---|---|---|---|---|---|---|']
-  seconds = _all_seconds(found)
+  seconds = turns.all_seconds(found)
   for name, taken in seconds.items():
     entry = found[name.partition(':')[0]]
     ratio = lambda other, taken=taken: (
@@ -132,55 +114,19 @@ def table(point: str, found: dict[str, Any]) -> str:
     bare = ratio('bare')
     facts = entry['repeats'][0]['facts']
     whole = ':' not in name
+    cell = turns.cell
     cells = [
-        f'{entry["tokens"] / np.median(taken):,.0f}', _cell(ratio('ours')),
-        _cell(bare and 100 / bare, '.1f', ' %'),
-        _cell(entry['first']['seconds'] - np.median(taken) if whole else None,
-              '.1f'),
-        _cell(entry['difference'] if whole else None, '.0e'),
-        _cell(facts.get('occupancy'), '.2f'),
-        _cell(facts.get('cache_bytes') and facts['cache_bytes'] / 1e6, '.0f')]
+        f'{entry["tokens"] / np.median(taken):,.0f}', cell(ratio('ours')),
+        cell(bare and 100 / bare, '.1f', ' %'),
+        cell(entry['first']['seconds'] - np.median(taken) if whole else None,
+             '.1f'),
+        cell(entry['difference'] if whole else None, '.0e'),
+        cell(facts.get('occupancy'), '.2f'),
+        cell(facts.get('cache_bytes') and facts['cache_bytes'] / 1e6, '.0f')]
     lines.append(f'| {point} | {name.replace(":", ", ")} | '
                  f'{" | ".join(cells)} |')
-  most = max(run['other_cores'] for entry in found.values()
-             for run in entry['repeats'])
-  lines.append(f'\nOther processes used at most {most:.2f} cores meanwhile.')
+  lines.append('\n' + turns.others(found))
   return '\n'.join(lines)
-
-
-def _all_seconds(found: dict[str, Any]) -> dict[str, np.ndarray]:
-  """Seconds of each repeat, by peer and by a peer's part."""
-  seconds = {}
-  for name, entry in found.items():
-    repeats = entry['repeats']
-    seconds[name] = np.array([run['seconds'] for run in repeats])
-    for fact in repeats[0]['facts']:
-      part, _, unit = fact.rpartition('_')
-      if unit == 'seconds':
-        seconds[f'{name}:{part}'] = np.array(
-            [run['facts'][fact] for run in repeats])
-  return seconds
-
-
-def _cell(value: float | None, form: str = '.2f', unit: str = '') -> str:
-  return '–' if value is None else f'{value:{form}}{unit}'
-
-
-def _run(peers: dict[str, serving.Process], name: str, seed: int,
-         compared: str = '') -> _Run:
-  """A peer's run while the others wait, undisturbed if it can be had."""
-  watch = machine.Watch(peers[name], [
-      peer for other, peer in peers.items() if other != name])
-  for _ in range(_ATTEMPTS):
-    watch.wait()
-    found = peers[name].run(seed, compared)
-    run = _Run(found['seconds'], found['facts'], *watch.cores())
-    # What compiles cannot be had again. /proc counts hundredths of a second:
-    # of a short run their share says little.
-    most = machine.QUIET * max(1, 0.5 / run.seconds)
-    if compared or run.other_cores < most:
-      break
-  return run
 
 
 def _difference(model: Any, params: Any, work: points.Work,
@@ -205,14 +151,6 @@ def _check(name: str, difference: float) -> None:
     raise RuntimeError(
         f'{name}: log-probs differ from our scorer\'s by {difference:.1e}, '
         f'more than {_MOST_DIFFERENCE:.0e}; no speed is given.')
-
-
-def _choice(flag: str, given: str, legal: Any) -> list[str]:
-  chosen = given.split(',')
-  if unknown := set(chosen) - set(legal):
-    raise SystemExit(f'--{flag}: got {sorted(unknown)}, expected some of '
-                     f'{",".join(legal)}.')
-  return chosen
 
 
 if __name__ == '__main__':

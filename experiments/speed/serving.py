@@ -31,24 +31,33 @@ _LEFT_OUT = ('JAX_COMPILATION_CACHE_DIR', 'OMP_NUM_THREADS', 'XLA_FLAGS')
 
 
 class Peer(Protocol):
-  """A sampler; made with a model's folder and a `points.Work`."""
+  """A sampler or trainer; made with a model's folder and its work."""
 
   # Distributions whose versions are reported.
   libraries: tuple[str, ...]
 
   def run(self, seed: int) -> dict[str, Any]:
-    """Samples everything once; returns when it is on the host.
+    """Does its work once; returns when all of it is done.
 
     'facts' of what it returns are reported: numbers by name, of which
     `<part>_seconds` is the time of a part of the run.
     """
 
-  def compared(self, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and log-probs [n, longest] of `work.compared`, not timed."""
+  def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What others are to have alike, by name; not timed.
+
+    Of a sampler tokens and logprobs [n, longest] of `work.compared`.
+    """
 
 
-def serve(make: Callable[[str, points.Work], Peer]) -> None:
-  """Runs a peer whenever a line asks for it, until there are no more."""
+def serve(make: Callable[[str, Any], Peer],
+          load: Callable[[str], Any] = points.load) -> None:
+  """Runs a peer whenever a line asks for it, until there are no more.
+
+  Args:
+    make: the peer, of a model's folder and its work.
+    load: reads the work from a file.
+  """
   # Libraries print to stdout.
   replies = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
@@ -57,7 +66,7 @@ def serve(make: Callable[[str, points.Work], Peer]) -> None:
     print(json.dumps(values), file=replies, flush=True)
 
   folder, work = sys.argv[1:]
-  peer = make(folder, points.load(work))
+  peer = make(folder, load(work))
   reply(versions={name: importlib.metadata.version(name)
                   for name in peer.libraries})
   for line in sys.stdin:
@@ -66,8 +75,7 @@ def serve(make: Callable[[str, points.Work], Peer]) -> None:
     result = peer.run(request['seed'])
     seconds = time.perf_counter() - start
     if request['compared']:
-      tokens, logprobs = peer.compared(result)
-      np.savez(request['compared'], tokens=tokens, logprobs=logprobs)
+      np.savez(request['compared'], **peer.compared(result))
     reply(seconds=seconds, facts=result['facts'])
 
 
@@ -85,7 +93,7 @@ class Process:
     self.versions = self._read()['versions']
 
   def run(self, seed: int, compared: str = '') -> dict[str, Any]:
-    """One run: its seconds and facts; log-probs go to a file if named."""
+    """One run: its seconds and facts; `compared` goes to a file if named."""
     print(json.dumps({'seed': seed, 'compared': compared}),
           file=self._process.stdin, flush=True)
     return self._read()

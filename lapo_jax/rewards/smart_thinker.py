@@ -45,7 +45,8 @@ def reward(correct: Shaped[Array, 'P G'],
     ValueError: at trace time, other shapes or dtypes; both are named.
   """
   member = _is_correct(correct, lengths)
-  excess = lengths - optimal_lengths(correct, lengths)[:, None]
+  beyond, best = _above_shortest(member, lengths)
+  excess = beyond - best[:, None]
   penalty = jnp.where(member, jnp.maximum(excess, 0.0), 0.0)
   everyone = jnp.ones(lengths.shape, bool)
   mean = ops.masked_mean(penalty, everyone, keepdims=True)
@@ -72,21 +73,8 @@ def optimal_lengths(correct: Shaped[Array, 'P G'],
     ValueError: at trace time, other shapes or dtypes; both are named.
   """
   member = _is_correct(correct, lengths)
-  everyone = jnp.ones(lengths.shape, bool)
-  lengths = lengths.astype(jnp.float32)
-  shortest, longest = jnp.min(lengths, axis=-1), jnp.max(lengths, axis=-1)
-  mean, own_mean = (ops.masked_mean(lengths, m) for m in (everyone, member))
-  var, own_var = (ops.masked_std(lengths, m, ddof=0)**2
-                  for m in (everyone, member))
-  gap = own_var - var
-  # μ₂ + v₂·(μ₁ − μ₂)/(v₂ − v₁): the formula, without its large products.
-  crossing = own_mean + own_var * (mean - own_mean) / jnp.where(
-      gap < 0, gap, 1.0)
-  found = jnp.where(gap < 0, jnp.clip(crossing, shortest, longest), shortest)
-  alike = jnp.where(own_mean < mean, longest, shortest)
-  found = jnp.where(jnp.abs(gap) < 1e-6, alike, found)
-  found = jnp.where(jnp.all(member, axis=-1), shortest, found)
-  return jnp.where(jnp.any(member, axis=-1), found, longest)
+  shortest = jnp.min(lengths, axis=-1)
+  return shortest + _above_shortest(member, lengths)[1]
 
 
 def make() -> types.Reward:
@@ -105,3 +93,29 @@ def _is_correct(correct: Shaped[Array, 'P G'],
                 lengths: Num[Array, 'P G']) -> Bool[Array, 'P G']:
   _arrays.check('P G', correct=correct, lengths=lengths)
   return correct.astype(jnp.float32) > 0.5
+
+
+def _above_shortest(
+    member: Bool[Array, 'P G'], lengths: Num[Array, 'P G'],
+) -> tuple[Float[Array, 'P G'], Float[Array, 'P']]:
+  """l and l* less the group's shortest length, tokens.
+
+  Where penalties are a token or less, the difference of two lengths in
+  thousands would keep few of their digits.
+  """
+  everyone = jnp.ones(lengths.shape, bool)
+  lengths = lengths - jnp.min(lengths, axis=-1, keepdims=True)
+  lengths = lengths.astype(jnp.float32)
+  longest = jnp.max(lengths, axis=-1)
+  mean, own_mean = (ops.masked_mean(lengths, m) for m in (everyone, member))
+  var, own_var = (ops.masked_std(lengths, m, ddof=0)**2
+                  for m in (everyone, member))
+  gap = own_var - var
+  # μ₂ + v₂·(μ₁ − μ₂)/(v₂ − v₁): the formula, without its large products.
+  crossing = own_mean + own_var * (mean - own_mean) / jnp.where(
+      gap < 0, gap, 1.0)
+  found = jnp.where(gap < 0, jnp.clip(crossing, 0.0, longest), 0.0)
+  alike = jnp.where(own_mean < mean, longest, 0.0)
+  found = jnp.where(jnp.abs(gap) < 1e-6, alike, found)
+  found = jnp.where(jnp.all(member, axis=-1), 0.0, found)
+  return lengths, jnp.where(jnp.any(member, axis=-1), found, longest)

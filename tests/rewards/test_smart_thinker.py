@@ -43,6 +43,16 @@ def test_the_most_penalised_lands_on_the_mean():
   assert found[1] == pytest.approx(found.mean(), abs=1e-4)
 
 
+def test_penalties_of_a_token_among_lengths_in_ten_thousands():
+  # Above 30000: all 17/4, 139/16, correct 8/3, 14/9: l* is 2384/1027.
+  # Penalties 0, 697, 1724, 0 by 1027; Λ = 1027/4475.
+  correct = np.array([[1, 1, 1, 0]])
+  lengths = np.array([[30001, 30003, 30004, 30009]])
+  np.testing.assert_allclose(
+      smart_thinker.reward(correct, lengths),
+      [[1, 1 - 697 / 4475, 1 - 1724 / 4475, 0]], rtol=1e-5)
+
+
 def test_terms(outcomes):
   rewards, _ = smart_thinker.make().apply(
       outcomes([[1, 1, 0, 0]], [[100, 200, 300, 400]]), ())

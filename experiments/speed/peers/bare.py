@@ -25,7 +25,7 @@ class Peer:
     params = jax.device_put(qwen2.load(folder, qwen2.make(folder)))
     layers = [params[name] for name in sorted(params)
               if name.startswith('layers_')]
-    self._weights = [_weights(layer) for layer in layers]
+    self._weights = [weights(layer) for layer in layers]
     self._unembedding = jnp.array(params['embedding'].T)
     self._start = jnp.array(
         params['embedding'][np.arange(work.rows) % len(params['embedding'])])
@@ -42,7 +42,7 @@ class Peer:
     """It samples nothing."""
 
 
-def _weights(layer: dict[str, Any]) -> tuple[jax.Array, ...]:
+def weights(layer: dict[str, Any]) -> tuple[jax.Array, ...]:
   """Of a layer's four products, those of one input side by side."""
   attention, mlp = layer['attention'], layer['mlp']
   beside = lambda part, *names: jnp.concatenate(

@@ -41,14 +41,14 @@ class Peer:
         'occupancy': float(seen[-1].busy / offered),
         'cache_bytes': max(progress.cache_bytes for progress in seen)}}
 
-  def compared(self, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
     """What it sampled."""
     rollout, rows = result['rollout'], self._work.compared
     if not np.array_equal(rollout.completion_mask.sum(1), self._work.lengths):
       raise RuntimeError('our completions have other lengths than asked for.')
     longest = self._work.longest
-    return (rollout.completion_tokens[rows, :longest],
-            rollout.sampler_logprobs[rows, :longest])
+    return {'tokens': rollout.completion_tokens[rows, :longest],
+            'logprobs': rollout.sampler_logprobs[rows, :longest]}
 
 
 if __name__ == '__main__':

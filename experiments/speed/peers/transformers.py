@@ -55,7 +55,7 @@ class Peer:
     return {'tokens': tokens, 'facts': self._facts}
 
   @torch.inference_mode()
-  def compared(self, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
     """Its forward pass, a row at a time."""
     tokens = result['tokens'][self._work.compared]
     count = self._work.longest
@@ -63,7 +63,8 @@ class Peer:
     for row in tokens[:, None]:
       logits = self._model(row).logits[:, -count - 1:-1]
       found.append(logits.log_softmax(-1).gather(2, row[:, -count:, None]))
-    return tokens[:, -count:].numpy(), torch.cat(found)[..., 0].numpy()
+    return {'tokens': tokens[:, -count:].numpy(),
+            'logprobs': torch.cat(found)[..., 0].numpy()}
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ class Peer:
     scored = min(_SCORED, work.rows)
     self._trainer = trl.GRPOTrainer(
         model=model, reward_funcs=_reward,
-        processing_class=_tokenizer(model.config.vocab_size),
+        processing_class=make_tokenizer(model.config.vocab_size),
         train_dataset=datasets.Dataset.from_list(self._inputs),
         args=trl.GRPOConfig(
             output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True,
@@ -62,12 +62,12 @@ class Peer:
     return {'batch': batch, 'facts': {
         **self._facts, 'generate_seconds': self._generate_seconds}}
 
-  def compared(self, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
     """What it scored."""
     rows = torch.tensor(self._work.compared)
     batch = result['batch']
-    return (batch['completion_ids'][rows].numpy(),
-            batch['old_per_token_logps'][rows].numpy())
+    return {'tokens': batch['completion_ids'][rows].numpy(),
+            'logprobs': batch['old_per_token_logps'][rows].numpy()}
 
   def _timed_generate(self, prompts: list) -> Any:
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def _reward(prompts: list, **columns: Any) -> list[float]:
   return [0.0] * len(prompts)
 
 
-def _tokenizer(vocab_size: int) -> Any:
+def make_tokenizer(vocab_size: int) -> Any:
   """A word of digits a token; the stop token is none that is ever sampled."""
   words = [*map(str, range(vocab_size)), '<eos>', '<pad>']
   model = tokenizers.models.WordLevel(

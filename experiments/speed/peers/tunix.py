@@ -14,31 +14,37 @@ from tunix.models.qwen2 import params as params_lib
 from experiments.speed import points, serving
 
 
+def load_model(folder: str) -> tuple[Any, model_lib.ModelConfig]:
+  """The folder's model, float32, and its shape."""
+  config = json.loads((pathlib.Path(folder) / 'config.json').read_text())
+  shape = model_lib.ModelConfig(
+      num_layers=config['num_hidden_layers'],
+      vocab_size=config['vocab_size'],
+      embed_dim=config['hidden_size'],
+      hidden_dim=config['intermediate_size'],
+      num_heads=config['num_attention_heads'],
+      head_dim=config['head_dim'],
+      num_kv_heads=config['num_key_value_heads'],
+      rope_theta=config['rope_theta'],
+      norm_eps=config['rms_norm_eps'],
+      use_tied_embedding=config['tie_word_embeddings'])
+  model = params_lib.create_model_from_safe_tensors(
+      folder, shape, dtype=jnp.float32)
+  return model, shape
+
+
 class Peer:
   """`Sampler` with a cache of just the slots that it needs."""
 
   libraries = ('google-tunix', 'jax', 'jaxlib', 'flax')
 
   def __init__(self, folder: str, work: points.Work):
-    config = json.loads((pathlib.Path(folder) / 'config.json').read_text())
-    shape = model_lib.ModelConfig(
-        num_layers=config['num_hidden_layers'],
-        vocab_size=config['vocab_size'],
-        embed_dim=config['hidden_size'],
-        hidden_dim=config['intermediate_size'],
-        num_heads=config['num_attention_heads'],
-        head_dim=config['head_dim'],
-        num_kv_heads=config['num_key_value_heads'],
-        rope_theta=config['rope_theta'],
-        norm_eps=config['rms_norm_eps'],
-        use_tied_embedding=config['tie_word_embeddings'])
-    model = params_lib.create_model_from_safe_tensors(
-        folder, shape, dtype=jnp.float32)
+    model, shape = load_model(folder)
     self._work = work
     self._prompt_slots = work.prompts.shape[1]
     slots = self._prompt_slots + work.longest
     self._sampler = sampler.Sampler(
-        model, _Tokenizer(work.row_prompts, shape.vocab_size),
+        model, Tokenizer(work.row_prompts, shape.vocab_size),
         sampler.CacheConfig(slots, shape.num_layers, shape.num_kv_heads,
                             shape.head_dim))
     numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
@@ -55,14 +61,14 @@ class Peer:
         seed=seed, return_logprobs=True)
     return {'output': output, 'facts': self._facts}
 
-  def compared(self, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
     """What it sampled."""
     output, rows = result['output'], self._work.compared
-    return (np.array([output.tokens[row] for row in rows]),
-            np.array([output.logprobs[row] for row in rows]))
+    return {'tokens': np.array([output.tokens[row] for row in rows]),
+            'logprobs': np.array([output.logprobs[row] for row in rows])}
 
 
-class _Tokenizer:
+class Tokenizer:
   """Row numbers for prompts; it costs the sampler next to nothing.
 
   Pad and stop token are beyond the vocabulary: neither is ever sampled.
