@@ -16,6 +16,7 @@ To add one, add one file; nothing lists it. Its name is the name in a config:
     `outcomes.prompt_index`: it is then checkpointed like the parameters.
 
 `tests/test_rewards.py` finds the file and tries the contract's laws on it;
-numbers of the paper go into `tests/rewards/test_<name>.py`. Files whose names
-start with an underscore are shared parts, not methods.
+numbers of the paper go into `tests/rewards/test_<name>.py`, and the formula in
+plain Python, which `tests/test_oracles.py` asks for, into `tests/oracles.py`.
+Files whose names start with an underscore are shared parts, not methods.
 """

@@ -11,6 +11,7 @@ around it: the group's mean and the *batch's* sd, a higher upper clip, groups
 without variance left out and drawn anew.
 
   --config.advantage.scale=batch --config.loss.clip_high=0.28
+  --config.rollout.refill_rounds=4
 
 DA-DLER continues a DLER run: a stage with `difficulty_aware=True`.
 
@@ -20,9 +21,12 @@ Defaults: 4000 and 2000 tokens are the paper's. In a config `cap` follows
 Departures:
   * `overlong` is the released code's: a completion beyond L that holds an
     answer (`\boxed`) gets 0.1. The paper gives it 0, the default here.
-  * The loop draws no groups anew. The paper warns that without this filter
-    the length collapses.
+  * Groups are drawn anew in `refill_rounds` rounds at most, and by their
+    grades, which know the generation cap but not `easy_cap`.
   * A grade between 0 and 1 stays itself; above ½ it counts as correct.
+
+Good to know: the paper warns that without drawing groups anew, the default,
+the length collapses.
 """
 
 import functools
