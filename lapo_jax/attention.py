@@ -181,15 +181,18 @@ def _attend(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B K C E'],
   # Matrix products over leading batch axes, [B, K, H/K · S, E] by [B, K, C, E]:
   # the form that every backend has a fast routine for.
   rows = queries.transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
-  scores = jnp.einsum('bkre,bkce->bkrc', rows, keys,
-                      preferred_element_type=jnp.float32) * width**-0.5
+  # Scaled and divided where there are E numbers a query, not C.
+  scores = jnp.einsum('bkre,bkce->bkrc', rows * width**-0.5, keys,
+                      preferred_element_type=jnp.float32)
   scores = scores.reshape(batch, kv_heads, shared, slots, -1)
-  scores = jnp.where(mask[:, None, None], scores, _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  mixed = jnp.einsum('bkrc,bkce->bkre',
-                     weights.reshape(batch, kv_heads, shared * slots, -1),
-                     values)
-  return mixed.reshape(batch, heads, slots, width).transpose(0, 2, 1, 3)
+  scores = scores + jnp.where(mask, 0.0, _MASKED)[:, None, None]
+  peaks = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(peaks)).reshape(
+      batch, kv_heads, shared * slots, -1)
+  mixed = jnp.einsum('bkrc,bkce->bkre', weights.astype(values.dtype), values)
+  mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+  mixed = mixed.astype(values.dtype).reshape(batch, heads, slots, width)
+  return mixed.transpose(0, 2, 1, 3)
 
 
 def _over_mesh(queries, keys, values, segments, place, backend):

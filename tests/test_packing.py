@@ -117,7 +117,7 @@ def test_packed_is_unpacked(model, params, batch, plan, whole):
   update = grpo.make_update_fn(model, CAPTURE, temperature=1.0, kl_coef=0.1,
                                microbatch_size=1)
   state, metrics = update(make_state(params), packed)
-  assert distance(state.opt_state, whole[0]) < 1e-6
+  assert distance(state.opt_state, whole[0]) < 2e-6
   assert_near(metrics, whole[1])
 
 
@@ -148,7 +148,7 @@ def test_eight_devices_pack_their_own_rows(model, params, batch, whole):
   for word in ('all-gather', 'all-to-all', 'all-reduce', 'permute('):
     assert word not in hlo
   state, metrics = update(put(make_state(params), places[0]), packed)
-  assert distance(state.opt_state, whole[0]) < 1e-6
+  assert distance(state.opt_state, whole[0]) < 2e-6
   assert_near(metrics, whole[1])
 
 

@@ -121,7 +121,8 @@ class Decoder(nn.Module):
     """
     frequencies = _layers.rotary_frequencies(self.head_dim, self.rope_theta,
                                              self.rope_scaling)
-    angles = _layers.rotary_angles(positions, jnp.asarray(frequencies))
+    turns = _layers.rotary_turns(
+        _layers.rotary_angles(positions, jnp.asarray(frequencies)))
     # Looked up first: the gradient of a row is then summed as it is held.
     x = self.embedding[tokens].astype(self.dtype)
     if cache is None:
@@ -131,9 +132,9 @@ class Decoder(nn.Module):
       x = cache.lay(x)
     if self.is_initializing():
       for layer in self.layers:
-        x, cache = layer(x, angles, cache.attend)
+        x, cache = layer(x, turns, cache.attend)
     else:
-      x, cache = self._run(x, angles, cache)
+      x, cache = self._run(x, turns, cache)
     return self.final_norm(x), cache
 
   def unembed(self, hidden: Float[Array, '*A D']) -> Float[Array, '*A V']:
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
                          self.param_dtype, flat, parent=None),
         self.norm_eps, self.param_dtype, **settings)
 
-  def _run(self, x, angles, cache):
+  def _run(self, x, turns, cache):
     """The layers in turn, as functions of their parameters."""
     cut = isinstance(cache, attention.Whole) and cache.cuts_slots
     block = self._block(flat=not cut, parent=None)
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
 
     def layer(carry, params):
       x, cache = carry
-      return block.apply({'params': params}, x, angles, cache.attend)
+      return block.apply({'params': params}, x, turns, cache.attend)
 
     if self.remat != 'none':
       layer = jax.checkpoint(
@@ -227,9 +228,9 @@ class _Block(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x, angles, attend):
+  def __call__(self, x, turns, attend):
     norm = lambda name: _layers.RMSNorm(self.norm_eps, self.param_dtype,
                                         name=name)
-    mixed, cache = self.attention(norm('attention_norm')(x), angles, attend)
+    mixed, cache = self.attention(norm('attention_norm')(x), turns, attend)
     x = x + mixed
     return x + self.mlp(norm('mlp_norm')(x)), cache

@@ -70,10 +70,21 @@ def rotary_angles(
   return positions[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
+def rotary_turns(
+    angles: Float[Array, 'B S E2'],
+) -> tuple[Float[Array, 'B S E2'], Float[Array, 'B S E2']]:
+  """Their cosines and sines.
+
+  XLA's CPU backend would compute them anew for each head of each layer.
+  """
+  return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
 def rotate(x: Float[Array, 'B S N E'],
-           angles: Float[Array, 'B S E2']) -> Float[Array, 'B S N E']:
+           turns: tuple[Float[Array, 'B S E2'], Float[Array, 'B S E2']],
+           ) -> Float[Array, 'B S N E']:
   """Rotates each head's two halves (Hugging Face's layout of the pairs)."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  cos, sin = (part[:, :, None] for part in turns)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
       [first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -141,7 +152,7 @@ class Attention(nn.Module):
   flat: bool = True
 
   @nn.compact
-  def __call__(self, x, angles, attend):
+  def __call__(self, x, turns, attend):
     batch, slots, width = x.shape
     linear = lambda features, use_bias, name: Linear(
         features, use_bias, self.dtype, self.param_dtype, self.flat, name=name)
@@ -151,7 +162,7 @@ class Attention(nn.Module):
       y = y.reshape(batch, slots, heads, self.head_dim)
       if turned and self.norm_eps is not None:
         y = RMSNorm(self.norm_eps, self.param_dtype, name=f'{name}_norm')(y)
-      return rotate(y, angles) if turned else y
+      return rotate(y, turns) if turned else y
 
     mixed, cache = attend(project('query', self.num_heads, True),
                           project('key', self.num_kv_heads, True),
