@@ -175,6 +175,7 @@ assert 'transformers' not in sys.modules  # seconds
 
 def test_importing_touches_no_device_file_or_network():
   modules = [_module(file) for file in _FILES]
-  done = subprocess.run([sys.executable, '-c', _IMPORT_ALL, *modules],
+  # Without -B the first of all would write bytecode.
+  done = subprocess.run([sys.executable, '-B', '-c', _IMPORT_ALL, *modules],
                         cwd=_ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
