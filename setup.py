@@ -51,8 +51,8 @@ setuptools.setup(
         'plan': ['libtpu'],
         'tpu': ['jax[tpu]'],
         'colab': ['ipykernel>=6.29', 'ipywidgets>=8.1'],
-        'test': ['beartype>=0.19', 'hypothesis>=6.130', 'ipykernel>=6.29',
-                 'ipywidgets>=8.1', 'nbclient>=0.10', 'pytest>=8.0',
+        'test': ['beartype>=0.19', 'hypothesis>=6.130', 'ipython>=8.20',
+                 'ipywidgets>=8.1', 'nbformat>=5.10', 'pytest>=8.0',
                  'pytest-xdist>=3.6', 'ruff>=0.12'],
     },
 )
