@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from lapo_jax import (
-  build,
   cases,
   checks,
   costs,
   plugins,
   sharding,
 )
+from lapo_jax import programs as programs_lib
 from lapo_jax.models import _configs, _folders
 
 _SHAPES = pathlib.Path(__file__).parent / 'assets' / 'shapes'
@@ -72,11 +72,11 @@ def report(config: ml_collections.ConfigDict, topology: str,
   chip = costs.find(topology)
   devices = topologies.get_topology_desc(
       platform='tpu', topology_name=topology).devices
-  mesh = build.make_mesh(config, devices)
+  mesh = programs_lib.make_mesh(config, devices)
   model = read_model(config)
   reward = plugins.make('rewards', config.reward.name, **{
       key: value for key, value in config.reward.items() if key != 'name'})
-  found = build.programs(
+  found = programs_lib.make(
       config, model, mesh, eos_ids=(0,), pad_id=0, memory=chip.memory,
       reward_shapes=checks.reward(config, reward, _PROBLEMS))
   sampler = cases.sampler(config, found, found.sampler['num_slots'])
@@ -146,7 +146,7 @@ def most(fits: Callable[[int], bool], numbers: Sequence[int]) -> int:
       numbers, True, key=lambda number: not fits(number))]
 
 
-def _slots(config: ml_collections.ConfigDict, found: build.Programs,
+def _slots(config: ml_collections.ConfigDict, found: programs_lib.Programs,
            mesh: jax.sharding.Mesh, programs: dict[str, Any],
            memory: int) -> dict[str, int]:
   """Slots as asked, and the most that fit: their arrays are counted.
@@ -190,7 +190,7 @@ def _microbatch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh,
 
 
 def _floor(config: ml_collections.ConfigDict, model: Any,
-           mesh: jax.sharding.Mesh, found: build.Programs, pooled: bool,
+           mesh: jax.sharding.Mesh, found: programs_lib.Programs, pooled: bool,
            mean_length: int, chip: costs.Chip) -> dict[str, Any]:
   """The least time of a step, verb by verb, and what that allows."""
   rollout, sampler = config.rollout, found.sampler['model']

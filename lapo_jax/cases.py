@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import build, sampling, sharding, slots, types
+from lapo_jax import programs as programs_lib
+from lapo_jax import sampling, sharding, slots, types
 
 
 class Case(NamedTuple):
@@ -45,7 +46,7 @@ class Sampler(NamedTuple):
   cases: dict[str, Case]
 
 
-def sampler(config: ml_collections.ConfigDict, found: build.Programs,
+def sampler(config: ml_collections.ConfigDict, found: programs_lib.Programs,
             num_slots: int) -> Sampler:
   """`copy` of the parameters, `prefill`, `grow` (more pages) and `decode`.
 
@@ -121,7 +122,7 @@ def sampler(config: ml_collections.ConfigDict, found: build.Programs,
   })
 
 
-def trainer(config: ml_collections.ConfigDict, found: build.Programs,
+def trainer(config: ml_collections.ConfigDict, found: programs_lib.Programs,
             mesh: jax.sharding.Mesh) -> dict[str, Case]:
   """`update`, and `score` where the config asks for it.
 
@@ -165,7 +166,8 @@ def off_policy(config: ml_collections.ConfigDict) -> bool:
   return config.updates.num_epochs * config.updates.num_minibatches > 1
 
 
-def reference(config: ml_collections.ConfigDict, found: build.Programs) -> Any:
+def reference(config: ml_collections.ConfigDict,
+              found: programs_lib.Programs) -> Any:
   """Shapes of the reference policy, where the devices keep one; else ()."""
   kept = config.loss.kl_coef > 0 and not config.updates.offload_reference
   return found.state_shapes.params if kept else ()

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from toys import host, pod
 
-from lapo_jax import build, checkpoint, hosts, train
+from lapo_jax import checkpoint, hosts, programs, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STEP = 2  # the one that all compare, numbered from 0
@@ -131,7 +131,7 @@ def _here(model_folder, folder):
   config = pod.get_config('accuracy')
   config.model.path = model_folder
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, 'make_optimizer', host.make_optimizer)
+    patch.setattr(programs, 'make_optimizer', host.make_optimizer)
     patch.setattr(hosts, 'asked_to_stop', lambda step: step == _STEP)
     runs = host.prepare(config, str(folder))
     with pytest.raises(train.Stopped, match='step 2, which is saved'):

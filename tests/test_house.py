@@ -33,6 +33,7 @@ _FLOORS = (
     {'rollout', 'grpo', 'export', 'workdir', 'protocol', 'packing',
      'trl_adapter'},
     {'evaluate', 'checks', 'layout'},
+    {'programs'},
     {'build', 'scores', 'arms'},
     {'stages', 'eval_folder', 'cases', 'pictures', 'groups'},
     {'curves', 'stage_picture'},
@@ -49,7 +50,7 @@ _PURE = {'types', 'ops', 'ratios', 'advantages', 'losses', 'offline',
 _PURE_IMPORTS = {'jax', 'numpy', 'chex', 'jaxtyping', 'flax.struct',
                  'collections', 'functools', 'itertools', 'math', 'typing'}
 _CONFIG_ROOMS = {'build', 'checks', 'stages', 'train', 'benchmark', 'main',
-                 'cases', 'ahead', 'plan'}
+                 'cases', 'ahead', 'plan', 'programs'}
 
 
 def _room(name):

@@ -7,7 +7,8 @@ import pytest
 from test_grpo import LENGTHS, L, T, host, make_batch, make_rollout
 from toys import config as toy_config
 
-from lapo_jax import build, layout, sharding
+from lapo_jax import layout, sharding
+from lapo_jax import programs as programs_lib
 from lapo_jax.models import qwen2
 
 
@@ -53,7 +54,7 @@ def test_the_reference_waits_with_the_host(tiny_model, tiny_params):
   config = toy_config.get_config()
   config.updates.offload_reference = True
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  programs = build.programs(config, tiny_model, mesh, eos_ids=(1,), pad_id=0,
+  programs = programs_lib.make(config, tiny_model, mesh, eos_ids=(1,), pad_id=0,
                             reward_shapes=())
   places = sharding.partition(qwen2.PARTITION_RULES,
                               qwen2.init_shapes(tiny_model), mesh)

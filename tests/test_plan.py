@@ -154,12 +154,13 @@ def test_the_bytes_of_a_device():
 _CALL = """
 import json, sys
 import jax, ml_collections
-from lapo_jax import ahead, build, cases
+from lapo_jax import ahead, cases
+from lapo_jax import programs as programs_lib
 
 config = ml_collections.ConfigDict(json.load(sys.stdin))
-mesh = build.make_mesh(config)
-found = build.programs(config, ahead.read_model(config), mesh, eos_ids=(0,),
-                       pad_id=0, reward_shapes=())
+mesh = programs_lib.make_mesh(config)
+found = programs_lib.make(config, ahead.read_model(config), mesh,
+                          eos_ids=(0,), pad_id=0, reward_shapes=())
 sampler = cases.sampler(config, found, 8)
 called = sampler.cases | cases.trainer(config, found, mesh)
 results = {name: jax.eval_shape(case.function, *case.arguments)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from lapo_jax import build, evaluate, main, train
+from lapo_jax import programs as programs_lib
 
 _prepare = train.prepare
 
@@ -63,5 +64,5 @@ def prepare(config, workdir):
 
 
 if __name__ == '__main__':
-  build.make_optimizer, train.prepare = make_optimizer, prepare
+  programs_lib.make_optimizer, train.prepare = make_optimizer, prepare
   main.run()
