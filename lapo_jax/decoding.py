@@ -323,8 +323,7 @@ def _place(setup: Setup, job: Job, state: State) -> Int[Array, 'N']:
   if not setup.pooled:
     return state.t
   prompt = state.row // setup.group_size
-  return state.t + _pick(job.prompt_lengths,
-                         prompt) % setup.page_size
+  return state.t + _pick(job.prompt_lengths, prompt) % setup.page_size
 
 
 def _first(state: State) -> int:

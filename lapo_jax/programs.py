@@ -69,9 +69,9 @@ def make_mesh(config: ml_collections.ConfigDict,
 
 
 def make(config: ml_collections.ConfigDict, model: Any,
-             mesh: jax.sharding.Mesh, *, eos_ids: Sequence[int], pad_id: int,
-             reward_shapes: Any, memory: int | None = None) -> Programs:
-  """The programs of a stage; neither weights, text nor tasks are asked for.
+         mesh: jax.sharding.Mesh, *, eos_ids: Sequence[int], pad_id: int,
+         reward_shapes: Any, memory: int | None = None) -> Programs:
+  """The programs of a stage.
 
   Args:
     config: the stage's.
