@@ -132,9 +132,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       # What the backward pass computes again, layer by layer, to hold less:
       # 'none' | 'dots' (all but products with weights) | 'full'.
       'remat': 'none',
-      # One loop over the layers: their program is compiled once, however many
-      # they are (the optimizer's is not), and fsdp gathers the model's dtype.
-      # Costs a copy of the weights in it.
+      # One loop over the layers, whose parameters the state holds stacked:
+      # programs do not grow with their number, and fsdp gathers the model's
+      # dtype.
       'scan_layers': False,
       # The reference policy waits in the hosts' memory; brought for scoring.
       'offload_reference': False,

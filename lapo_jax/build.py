@@ -64,6 +64,7 @@ class Run(NamedTuple):
   init_opt_state: Callable
   replicate: Callable
   state_shapes: types.TrainState
+  programs: programs.Programs
   manifest: dict[str, Any]
 
 
@@ -73,7 +74,8 @@ def stage_configs(
   """(name, config) of each stage: the base with the stage's overrides.
 
   Raises:
-    ValueError: an override of a key that the config lacks.
+    ValueError: an override of a key that the config lacks, or of how the
+      parameters are held.
   """
   found = []
   for i, overrides in enumerate(config.stages or ({},)):
@@ -87,6 +89,10 @@ def stage_configs(
       stage.update_from_flattened_dict(overrides)
     except (KeyError, TypeError) as error:
       raise ValueError(f'stages[{i}]: {error.args[0]}') from error
+    if stage.updates.scan_layers != config.updates.scan_layers:
+      raise ValueError(
+          f'stages[{i}]: got an updates.scan_layers of its own, but '
+          'parameters pass from stage to stage as they are; set it for all.')
     found.append((name, stage))
   return found
 
@@ -151,13 +157,13 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       layout=found.layout, score=score,
       update=found.update, make_evaluate=make_evaluate,
       evaluate=make_evaluate(eval_task), to_sampler=found.to_sampler,
-      load_params=lambda: family.load(
-          config.model.path, model,
-          jax.tree.map(lambda x: x.sharding, found.state_shapes.params)),
+      load_params=lambda: found.from_loaded(family.load(
+          config.model.path, model, found.load_places)),
       put_away=found.put_away, bring=found.bring,
       init_opt_state=found.init_opt_state,
       replicate=lambda tree: sharding.to_global(tree, replicated),
-      state_shapes=found.state_shapes, manifest=_manifest(task, eval_task))
+      state_shapes=found.state_shapes, programs=found,
+      manifest=_manifest(task, eval_task))
 
 
 def _forcing(

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lapo_jax import checkpoint, plugins, sharding
+from lapo_jax import checkpoint, plugins, sharding, stacking
 from lapo_jax.models import _folders
 
 _COPIED = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -42,12 +42,12 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> pathlib.Path:
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} holds something: expected a folder that is not '
                      'there yet, or is empty.')
-  settings = _model_settings(workdir)
+  settings, stacked = _settings(workdir)
   name = settings.pop('name')
   family = plugins.module('models', name)
   model = plugins.make('models', name, **settings)
   source = _folders.resolve(settings['path'])
-  params = _restore(workdir / 'checkpoints', family, model)
+  params = _restore(workdir / 'checkpoints', family, model, stacked)
 
   # Beside it, so that the rename stays within one disk.
   part = out.with_name(f'{out.name}.part')
@@ -60,24 +60,30 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> pathlib.Path:
   return out
 
 
-def _model_settings(workdir: pathlib.Path) -> dict[str, Any]:
-  """The section `model` of the run's config."""
+def _settings(workdir: pathlib.Path) -> tuple[dict[str, Any], bool]:
+  """The section `model` of the run's config, and whether it scans layers."""
   file = workdir / 'config.json'
   try:
-    settings = dict(json.loads(file.read_text())['model'])
+    config = json.loads(file.read_text())
+    settings = dict(config['model'])
     settings['name'], settings['path']
+    stacked = bool(config['updates']['scan_layers'])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{file}: expected the config of a run with its model\'s '
-                     f'name and path: {error!r}. Give the --workdir of a run.'
-                     ) from error
-  return settings
+                     'name and path and its updates.scan_layers: '
+                     f'{error!r}. Give the --workdir of a run.') from error
+  return settings, stacked
 
 
-def _restore(folder: pathlib.Path, family: Any, model: Any) -> Any:
+def _restore(folder: pathlib.Path, family: Any, model: Any,
+             stacked: bool) -> Any:
   """The parameters of the newest checkpoint of the last stage that has one."""
   shapes = family.init_shapes(model)
   places = sharding.partition(family.PARTITION_RULES, shapes,
                               sharding.make_mesh())
+  if stacked:
+    shapes, places = (stacking.shapes(model, shapes),
+                      stacking.places(model, places))
   like = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                sharding=place), shapes, places)
@@ -86,6 +92,7 @@ def _restore(folder: pathlib.Path, family: Any, model: Any) -> Any:
     found = checkpoint.restore_latest(folder / str(stage), like,
                                       field='params')
     if found is not None:
-      return found[0]
+      # On the host a layer is a view.
+      return model.unstack(jax.device_get(found[0])) if stacked else found[0]
   raise ValueError(f'{folder}: got no checkpoint; expected a run that has '
                    'saved one, see checkpoint_every.')

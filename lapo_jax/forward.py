@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from lapo_jax import attention, logprobs, ops, sharding
+from lapo_jax import attention, logprobs, ops, sharding, stacking
 
 
 def make(model: Any, shardings: tuple[Any, Any] | None,
@@ -39,30 +39,28 @@ class Forward(NamedTuple):
     model: a model family's module.
     temperature: of sampling: the policy is softmax(logits / temperature); 0
       stands for 1.
-    scan_layers: whether one loop runs over the layers. It is compiled once
-      for all of them, and its copy of the matrices is in the model's dtype,
-      which is what fsdp then gathers.
     places: shardings of the parameters; None on one device.
     slots: how [B, S] lies on the mesh, see `attention.Whole`.
   """
 
   model: Any
   temperature: float = 1.0
-  scan_layers: bool = False
   places: Any = None
   slots: NamedSharding | None = None
 
   def ready(self, params: Any) -> Any:
-    """The parameters as the pass reads them."""
-    if not self.scan_layers:
+    """The parameters as the pass reads them.
+
+    Of stacked layers the matrices are cast to the model's dtype, which is
+    what fsdp then gathers.
+    """
+    if not stacking.is_stacked(params):
       return params
-
-    def join(leaves):
-      # Norms are computed in float32: their scales stay as they are.
-      return jnp.stack([x.astype(self.model.dtype) if x.ndim > 1 else x
-                        for x in leaves])
-
-    return self._lay(self.model.stack(params, join))
+    # Norms are computed in float32: their scales stay as they are.
+    layers = jax.tree.map(
+        lambda x: x.astype(self.model.dtype) if x.ndim > 2 else x,
+        params['layers'])
+    return self._lay({**params, 'layers': layers})
 
   def __call__(self, ready: Any, tokens: Int[Array, 'B S'],
                segments: Int[Array, 'B S'], start: int
@@ -93,9 +91,7 @@ class Forward(NamedTuple):
                                   grads))
 
   def restore(self, total: Any, params: Any) -> Any:
-    """A sum of gradients as the parameters are laid out, in their dtypes."""
-    if self.scan_layers:
-      total = self.model.unstack(total)
+    """A sum of gradients in the parameters' dtypes."""
     return jax.tree.map(lambda x, like: x.astype(like.dtype), total, params)
 
   def _spread(self, rows: Int[Array, 'B S']) -> Int[Array, 'B S2']:
@@ -111,11 +107,7 @@ class Forward(NamedTuple):
     return jax.lax.with_sharding_constraint(jnp.pad(rows, filler), self.slots)
 
   def _lay(self, tree: Any) -> Any:
-    """The tree where the parameters lie, layer by layer if it is stacked."""
-    places = self.places
-    if places is None:
+    """The tree where the parameters lie."""
+    if self.places is None:
       return tree
-    if self.scan_layers:
-      places = self.model.stack(places, lambda leaves: NamedSharding(
-          leaves[0].mesh, PartitionSpec(None, *leaves[0].spec)))
-    return jax.lax.with_sharding_constraint(tree, places)
+    return jax.lax.with_sharding_constraint(tree, self.places)

@@ -78,7 +78,6 @@ def make_split_fn(shardings: Any = None) -> Callable:
 
 
 def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
-                  scan_layers: bool = False,
                   shardings: tuple[Any, Any] | None = None) -> Callable:
   """A jitted `(params, rollout) -> log-probs float32 [B, T]`.
 
@@ -86,11 +85,9 @@ def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
     model: a model family's module.
     temperature: of sampling: the policy is softmax(logits / temperature).
     microbatch_size: rows that are scored at once.
-    scan_layers: see `forward.Forward`.
     shardings: of params and of the batch; None on one device.
   """
-  forward = forward_lib.make(model, shardings, temperature=temperature,
-                             scan_layers=scan_layers)
+  forward = forward_lib.make(model, shardings, temperature=temperature)
 
   def score(params: Any, rollout: types.Rollout) -> Array:
     ready = forward.ready(params)
@@ -110,7 +107,7 @@ def make_score_fn(model: Any, *, temperature: float, microbatch_size: int,
 
 def make_update_fn(
     model: Any, optimizer: optax.GradientTransformation, *,
-    temperature: float, microbatch_size: int, scan_layers: bool = False,
+    temperature: float, microbatch_size: int,
     shardings: tuple[Any, Any] | None = None, **loss: Any) -> Callable:
   """A jitted `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
 
@@ -124,7 +121,6 @@ def make_update_fn(
     optimizer: any optax transformation.
     temperature: of sampling.
     microbatch_size: rows whose gradient is taken at once.
-    scan_layers: see `forward.Forward`.
     shardings: of the state and of the batch; None on one device.
     **loss: settings of `objective.make_objective_fn`.
 
@@ -137,8 +133,7 @@ def make_update_fn(
   """
   per_token_fn = objective.make_objective_fn(**loss)
   places = shardings and (shardings[0].params, shardings[1])
-  forward = forward_lib.make(model, places, temperature=temperature,
-                             scan_layers=scan_layers)
+  forward = forward_lib.make(model, places, temperature=temperature)
 
   def loss_fn(ready, part):
     mask = part.rollout.action_mask

@@ -21,6 +21,7 @@ from lapo_jax import (
     plugins,
     sampling,
     sharding,
+    stacking,
     types,
 )
 from lapo_jax import layout as layout_lib
@@ -35,6 +36,8 @@ class Programs(NamedTuple):
     layout: of the rows in the update.
     score: see `grpo.make_score_fn`.
     update: see `grpo.make_update_fn`.
+    load_places: where a family's `load` shall put the parameters.
+    from_loaded: what it returns -> the parameters as the state holds them.
     to_sampler: parameters -> their copy as the sampler reads it.
     put_away: the reference's parameters -> them where they wait.
     bring: what waits -> parameters to score with.
@@ -47,6 +50,8 @@ class Programs(NamedTuple):
   layout: layout_lib.Layout
   score: Callable
   update: Callable
+  load_places: Any
+  from_loaded: Callable
   to_sampler: Callable
   put_away: Callable
   bring: Callable
@@ -85,8 +90,12 @@ def make(config: ml_collections.ConfigDict, model: Any,
   batch, replicated = sharding.batch(mesh), sharding.replicated(mesh)
   family = plugins.module('models', config.model.name)
   param_shapes = family.init_shapes(model)
-  param_shardings = sharding.partition(family.PARTITION_RULES, param_shapes,
-                                       mesh)
+  load_places = sharding.partition(family.PARTITION_RULES, param_shapes, mesh)
+  param_shardings, from_loaded = load_places, lambda params: params
+  if config.updates.scan_layers:
+    param_shapes = stacking.shapes(model, param_shapes)
+    param_shardings = stacking.places(model, load_places)
+    from_loaded = lambda params: stacking.stack(model, params)
 
   # Optimizer and state, as shapes: nothing is allocated yet.
   optimizer = make_optimizer(config)
@@ -106,7 +115,7 @@ def make(config: ml_collections.ConfigDict, model: Any,
       shapes, state_shardings)
 
   # The programs; XLA compiles each when its first shapes arrive.
-  sampler_shardings = sharding.for_sampling(param_shardings)
+  sampler_shardings = sharding.for_sampling(load_places)
   sampler_model = model.clone(
       dtype=jnp.dtype(config.rollout.dtype or model.dtype))
   sampler = {
@@ -118,11 +127,12 @@ def make(config: ml_collections.ConfigDict, model: Any,
       'shardings': (sampler_shardings, prompt_places(mesh),
                     sharding.sampling_batch(mesh))}
   # Weights as the sampler reads them, once for all its steps.
+  by_layer = lambda params: (model.unstack(params)
+                             if stacking.is_stacked(params) else params)
   to_sampler = lambda params: jax.tree.map(
-      lambda x: x.astype(sampler_model.dtype), params)
+      lambda x: x.astype(sampler_model.dtype), by_layer(params))
   forward = {'temperature': config.rollout.temperature,
-             'microbatch_size': config.updates.microbatch_size,
-             'scan_layers': config.updates.scan_layers}
+             'microbatch_size': config.updates.microbatch_size}
   loss = {key: config.loss[key] for key in config.loss}
   make_batch = grpo.make_batch_fn(
       loss.pop('aggregate'), batch, eos_ids=eos_ids,
@@ -147,6 +157,7 @@ def make(config: ml_collections.ConfigDict, model: Any,
           shardings=batch),
       put_away=lambda params: jax.device_put(params, waiting),
       bring=lambda params: jax.device_put(params, param_shardings),
+      load_places=load_places, from_loaded=from_loaded,
       to_sampler=place(to_sampler, sampler_shardings),
       init_opt_state=place(optimizer.init, opt_shardings),
       state_shapes=state_shapes)

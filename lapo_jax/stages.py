@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import build, checkpoint, hosts, metrics, types, workdir
+from lapo_jax import build, cases, checkpoint, hosts, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
 
 # Keys in which a resumed run may differ: they change no number it computes.
@@ -29,8 +29,8 @@ _FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
 def agree(config: ml_collections.ConfigDict, runs: list[build.Run]) -> None:
   """Checks that every host is about to run the same programs on the same data.
 
-  The programs are those that score and update at the first step, lowered; the
-  sampler's follow from the same code, versions, config and model.
+  The programs are those that sample, score and update, lowered for the
+  longest prompts and completions.
 
   Raises:
     ValueError: a host differs; the message says which and in what.
@@ -155,30 +155,14 @@ def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
 
 
 def _programs(run: build.Run) -> list[str]:
-  """The lowered text of what scores and updates, on a first step's shapes."""
-  settings = run.config.rollout
-  num_prompts, slots = settings.num_prompts, settings.max_completion_length
-  rows = num_prompts * settings.group_size
-  shape = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype)
-  whole = {'prompt': settings.max_prompt_length, 'completion': slots}
-  rollout = types.Rollout(
-      **{f'{part}_tokens': shape(n, jnp.int32) for part, n in whole.items()},
-      **{f'{part}_mask': shape(n, jnp.bool_) for part, n in whole.items()},
-      action_mask=shape(slots, jnp.bool_),
-      sampler_logprobs=shape(slots, jnp.float32))
-  advantages = jax.ShapeDtypeStruct((num_prompts, settings.group_size),
-                                    jnp.float32)
-  batch = jax.eval_shape(
-      lambda *found: run.make_batch(*found, slots), rollout, advantages)
-  logprobs = shape(slots, jnp.float32)
-  batch = batch.replace(
-      old_logprobs=logprobs,
-      ref_logprobs=logprobs if run.config.loss.kl_coef else None)
-  # Jitted once more, whatever they are made of.
-  lower = lambda program, *arguments: jax.jit(program).lower(
-      *arguments).as_text()
-  return [lower(run.score, run.state_shapes.params, rollout),
-          lower(run.update, run.state_shapes, batch)]
+  """The lowered text of what samples, scores and updates, on full shapes."""
+  found = run.programs
+  mesh = found.state_shapes.step.sharding.mesh
+  every = {**cases.sampler(run.config, found,
+                           found.sampler['num_slots']).cases,
+           **cases.trainer(run.config, found, mesh)}
+  return [case.function.lower(*case.arguments).as_text()
+          for case in every.values()]
 
 
 def _checkpoints(folder: pathlib.Path, stage: int) -> pathlib.Path:

@@ -38,6 +38,7 @@ def run(tmp_path, model_folder):
   workdir.mkdir()
   (workdir / 'config.json').write_text(json.dumps({
       'model': {'name': 'qwen2', 'path': model_folder, 'dtype': 'float32'},
+      'updates': {'scan_layers': False},
       'task': {'name': 'gone', 'path': '/nowhere'}}))
   params = params_of(model_folder)
   scaled = lambda factor: jax.tree.map(lambda x: factor * x, params)
@@ -118,9 +119,11 @@ def test_an_empty_folder_is_filled_and_a_full_one_is_not(run, tmp_path):
      'expected the config of a run'),
     (lambda run: shutil.rmtree(run / 'checkpoints'), 'got no checkpoint'),
     (lambda run: (run / 'config.json').write_text(json.dumps(
-        {'model': {'name': 'qwen2', 'path': '/nowhere'}})), "'/nowhere'"),
+        {'model': {'name': 'qwen2', 'path': '/nowhere'},
+         'updates': {'scan_layers': False}})), "'/nowhere'"),
     (lambda run: (run / 'config.json').write_text(json.dumps(
-        {'model': {'name': 'qwen2', 'path': 'tiny_reasoner'}})),
+        {'model': {'name': 'qwen2', 'path': 'tiny_reasoner'},
+         'updates': {'scan_layers': False}})),
      'is of another model'),
 ])
 def test_what_cannot_be_exported_is_told_in_one_line(run, tmp_path, spoil,

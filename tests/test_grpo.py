@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lapo_jax import grpo, losses, ops, sharding, types
+from lapo_jax import grpo, losses, ops, sharding, stacking, types
 from lapo_jax.models import qwen2
 
 P, G, B, L, T = 8, 2, 16, 5, 8
@@ -194,10 +194,13 @@ def test_scores_do_not_depend_on_the_microbatch(score, model, params):
   assert (by_four[~rollout.completion_mask] == 0).all()
 
 
-def shardings_of(model, mesh, optimizer=CAPTURE):
+def shardings_of(model, mesh, optimizer=CAPTURE, stacked=False):
   """As `build` lays them out: of the state and of the batch."""
   shapes = qwen2.init_shapes(model)
   params = sharding.partition(qwen2.PARTITION_RULES, shapes, mesh)
+  if stacked:
+    shapes = stacking.shapes(model, shapes)
+    params = stacking.places(model, params)
   once = sharding.replicated(mesh)
   return types.TrainState(
       step=once, stage=once, nonfinite=once, params=params,
@@ -241,20 +244,25 @@ def two_layers(tiny_model, make_params):
   return tiny_model, params, host(state.opt_state), host(metrics)
 
 
+def stacked_state(model, params, optimizer=CAPTURE):
+  return make_state(stacking.stack(model, jax.tree.map(jnp.array, params)),
+                    optimizer)
+
+
 @pytest.mark.parametrize('axes', [None, dict(data=2, fsdp=2, tensor=2)],
                          ids=str)
 def test_one_loop_over_the_layers_gives_the_same_step(two_layers, axes):
   model, params, wanted, metrics = two_layers
   mesh = None if axes is None else sharding.make_mesh(**axes)
-  places = mesh and shardings_of(model, mesh)
+  places = mesh and shardings_of(model, mesh, stacked=True)
   update = grpo.make_update_fn(
       model.clone(remat='full'), CAPTURE, temperature=1.0, microbatch_size=4,
-      scan_layers=True, shardings=places)
-  batch, state = make_batch(), make_state(params)
+      shardings=places)
+  batch, state = make_batch(), stacked_state(model, params)
   if mesh:
     batch, state = jax.device_put(host(batch), places[1]), put(state, places[0])
   state, found = update(state, batch)
-  assert distance(state.opt_state, wanted) < 2e-6
+  assert distance(model.unstack(host(state.opt_state)), wanted) < 2e-6
   assert_near(found, metrics)
   if mesh:
     for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places[0]),
@@ -262,20 +270,40 @@ def test_one_loop_over_the_layers_gives_the_same_step(two_layers, axes):
       assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
+def test_programs_of_stacked_layers_do_not_grow_with_their_number(
+    two_layers):
+  model, batch = two_layers[0].clone(remat='full'), make_batch()
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  sizes = set()
+  for num_layers in (2, 5):
+    model = model.clone(num_layers=num_layers)
+    state = jax.eval_shape(lambda params: make_state(params, optimizer),
+                           stacking.shapes(model, qwen2.init_shapes(model)))
+    settings = dict(temperature=1.0, microbatch_size=4)
+    programs = (
+        grpo.make_score_fn(model, **settings).lower(state.params,
+                                                    batch.rollout),
+        grpo.make_update_fn(model, optimizer, **settings).lower(state, batch))
+    sizes.add(tuple(len(program.as_text().splitlines())
+                    for program in programs))
+  assert len(sizes) == 1
+
+
 def test_bfloat16_gradients_are_summed_in_float32(two_layers):
   model, params, wanted, _ = two_layers
   half = model.clone(dtype=jnp.bfloat16)
   update = lambda model: grpo.make_update_fn(
-      model, CAPTURE, temperature=1.0, microbatch_size=1, scan_layers=True)
-  found = host(update(half)(make_state(params), make_batch())[0].opt_state)
+      model, CAPTURE, temperature=1.0, microbatch_size=1)
+  found = model.unstack(host(update(half)(
+      stacked_state(model, params), make_batch())[0].opt_state))
   assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype('float32')}
   assert distance(found, wanted) < 0.05
   # A sum of sixteen in bfloat16 would have no bits beyond the first eight.
   kernel = found['layers_1']['mlp']['up']['kernel']
   assert np.mean(kernel == kernel.astype(jnp.bfloat16)) < 0.1
   # Parameters in bfloat16 keep their dtype, as the optimizer's state does.
-  low = make_state(jax.tree.map(lambda x: x.astype(jnp.bfloat16),
-                                host(params)))
+  low = stacked_state(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16),
+                                          host(params)))
   after, _ = jax.eval_shape(update(half.clone(param_dtype=jnp.bfloat16)), low,
                             make_batch())
   assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(

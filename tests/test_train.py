@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from toys import config as toy_config
 
-from lapo_jax import checkpoint, stages, train
+from lapo_jax import checkpoint, export, stages, train
+from lapo_jax.models import qwen2
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _GSM8K = _ROOT / '..' / 'shared' / 'data' / 'gsm8k_train.jsonl'
@@ -199,6 +200,31 @@ def test_few_slots_and_grading_ahead_end_with_the_same_bits(
       make_config(rollout__num_slots=8, rollout__grade_ahead=True),
       str(tmp_path / 'run'))
   assert fingerprints(tmp_path / 'run') == fingerprints(straight)
+
+
+def test_a_state_of_stacked_layers_stops_resumes_and_is_exported(
+    straight, make_config, stop_after, model_folder, tmp_path):
+  config = lambda: make_config(updates__scan_layers=True, updates__remat='full')
+  folder = tmp_path / 'run'
+  for last in (2, STEPS):
+    stop_after(config(), folder, last)
+  state = train.train_and_evaluate(config(), str(folder))
+  assert 'layers' in state.params and 'layers_0' not in state.params
+  for ours, theirs in zip(lines(folder), lines(straight), strict=True):
+    assert ours.get('length/mean') == pytest.approx(theirs.get('length/mean'))
+  # The same policy but for rounding, by layer again.
+  out = export.export(folder, tmp_path / 'ours')
+  other = export.export(straight, tmp_path / 'theirs')
+  load = lambda place: qwen2.load(str(place), qwen2.make(str(place)))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4),
+               load(out), load(other))
+  with pytest.raises(ValueError, match='updates.scan_layers'):
+    train.train_and_evaluate(make_config(), str(folder))
+  mixed = make_config()
+  with mixed.unlocked():
+    mixed.stages = ({'updates.scan_layers': True},)
+  with pytest.raises(ValueError, match='set it for all'):
+    train.train_and_evaluate(mixed, str(tmp_path / 'mixed'))
 
 
 def test_a_stage_start_is_new_but_for_policy_and_memory(make_config, tmp_path):

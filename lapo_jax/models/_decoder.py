@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from lapo_jax import attention
+from lapo_jax import attention, stacking
 from lapo_jax.models import _layers
 
 # Regex on the parameter's path -> how its axes lie on the mesh.
@@ -152,7 +152,8 @@ class Decoder(nn.Module):
 
     Args:
       tree: of parameters, or of anything else per parameter.
-      join: what becomes of a parameter's leaves, all layers in turn.
+      join: what becomes of a parameter's leaves, all layers in turn; see
+        `stacking` for shapes, shardings and arrays.
     """
     layers = [tree[name] for name in self._layer_names()]
     rest = {name: leaf for name, leaf in tree.items()
@@ -188,7 +189,7 @@ class Decoder(nn.Module):
     cut = isinstance(cache, attention.Whole) and cache.cuts_slots
     block = self._block(flat=not cut, parent=None)
     params = self.variables['params']
-    stacked = 'layers' in params
+    stacked = stacking.is_stacked(params)
 
     def layer(carry, params):
       x, cache = carry
