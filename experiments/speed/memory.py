@@ -19,7 +19,7 @@ import optax
 from lapo_jax import grpo, ops, types
 from lapo_jax.models import qwen2
 
-_MODEL = qwen2.Model(vocab_size=151936, width=128, num_layers=2, num_heads=4,
+MODEL = qwen2.Model(vocab_size=151936, width=128, num_layers=2, num_heads=4,
                      num_kv_heads=2, mlp_width=384)
 _PROMPT = 32
 
@@ -33,7 +33,7 @@ def main() -> None:
   print('| T | logits | score | score, all logits | update | update, all '
         'logits |\n|---|---|---|---|---|---|')
   for length in map(int, flags.lengths.split(',')):
-    logits = 4 * length * _MODEL.vocab_size
+    logits = 4 * length * MODEL.vocab_size
     cells = [logits, *(temporary(length, make) for make in (
         make_score, make_plain_score, make_update, make_plain_update))]
     print(f'| {length:,} | ' + ' | '.join(
@@ -42,21 +42,21 @@ def main() -> None:
 
 def temporary(length: int, make: Callable) -> int:
   """Bytes that a program needs beside its arguments and results."""
-  program, arguments = make(_batch(length))
+  program, arguments = make(batch(length))
   return program.lower(*arguments).compile().memory_analysis(
       ).temp_size_in_bytes
 
 
 def make_score(batch: types.Batch):
-  score = grpo.make_score_fn(_MODEL, temperature=1.0, microbatch_size=1)
-  return score, (qwen2.init_shapes(_MODEL), batch.rollout)
+  score = grpo.make_score_fn(MODEL, temperature=1.0, microbatch_size=1)
+  return score, (qwen2.init_shapes(MODEL), batch.rollout)
 
 
 def make_update(batch: types.Batch):
   optimizer = optax.adam(1e-6)
-  update = grpo.make_update_fn(_MODEL, optimizer, temperature=1.0,
+  update = grpo.make_update_fn(MODEL, optimizer, temperature=1.0,
                                microbatch_size=1)
-  params, scalar = qwen2.init_shapes(_MODEL), _shape((), jnp.int32)
+  params, scalar = qwen2.init_shapes(MODEL), _shape((), jnp.int32)
   return update, (types.TrainState(
       step=scalar, stage=scalar, nonfinite=scalar, params=params,
       opt_state=jax.eval_shape(optimizer.init, params), reward_state=()), batch)
@@ -64,7 +64,7 @@ def make_update(batch: types.Batch):
 
 def make_plain_score(batch: types.Batch):
   score = lambda params, rollout: _plain(params, rollout)
-  return jax.jit(score), (qwen2.init_shapes(_MODEL), batch.rollout)
+  return jax.jit(score), (qwen2.init_shapes(MODEL), batch.rollout)
 
 
 def make_plain_update(batch: types.Batch):
@@ -77,7 +77,7 @@ def make_plain_update(batch: types.Batch):
                                           params)
     return optax.apply_updates(params, updates), opt_state
 
-  params = qwen2.init_shapes(_MODEL)
+  params = qwen2.init_shapes(MODEL)
   return jax.jit(update, donate_argnums=(0, 1)), (
       params, jax.eval_shape(optimizer.init, params), batch)
 
@@ -87,16 +87,16 @@ def _plain(params, rollout):
   tokens = jnp.concatenate([rollout.prompt_tokens, rollout.completion_tokens],
                            axis=1)
   mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
-  hidden, _ = _MODEL.apply({'params': params}, tokens,
+  hidden, _ = MODEL.apply({'params': params}, tokens,
                            ops.positions_from_mask(mask), mask)
-  logits = _MODEL.apply({'params': params}, hidden[:, _PROMPT - 1:-1],
+  logits = MODEL.apply({'params': params}, hidden[:, _PROMPT - 1:-1],
                         method='unembed')
   chosen = jnp.take_along_axis(jax.nn.log_softmax(logits),
                                rollout.completion_tokens[..., None], axis=-1)
   return jnp.where(rollout.completion_mask, chosen[..., 0], 0.0)
 
 
-def _batch(length: int) -> types.Batch:
+def batch(length: int) -> types.Batch:
   """Shapes of a batch of one completion."""
   real, number = _shape((1, length), bool), _shape((1, length), jnp.float32)
   return types.Batch(
