@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import io
 import itertools
 import math
+import statistics
 from typing import Any
 
 from matplotlib import axes, figure, lines
@@ -21,6 +22,7 @@ COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
            '#56B4E9')
 _FIRST, _SMALL_MARKERS = 'o', 's^Dv<>PX*h'  # of base and control, of arms
 _GREY = '0.55'
+_CROWD = 6  # arms that are worth a panel of their own
 _PANEL = 6  # arms that a panel holds where there are no families
 
 # A row, its colour, its marker.
@@ -37,31 +39,25 @@ def png(picture: figure.Figure) -> bytes:
 def plane(rows: Sequence[arms_lib.Row], control: str = '') -> figure.Figure:
   """Accuracy against tokens: a number an arm, 95 % intervals, the front.
 
-  The front is dashed: no arm on it is beaten in both. What leaves the picture
-  of an interval is cut.
+  The front is dashed: no arm on it is beaten in both. Arms that crowd in a
+  part of the plane are shown again, larger. What leaves a panel of an interval
+  is cut.
   """
-  picture = figure.Figure(figsize=(11, 6.6), dpi=110, layout='constrained')
-  panel = picture.subplots()
   drawn = _by_family(rows, control)
-  for row, colour, marker in drawn:
-    bars = [[0.0 if math.isnan(s.half) else s.half]
-            for s in (row.tokens, row.accuracy)]
-    panel.errorbar(row.tokens.mean, row.accuracy.mean, bars[1], bars[0],
-                   fmt='none', ecolor=colour, elinewidth=0.8, alpha=0.35,
-                   zorder=1)
-    panel.plot(row.tokens.mean, row.accuracy.mean, marker=marker, color=colour,
-               markersize=8, markeredgecolor='white', linestyle='', zorder=3)
-  front = sorted((r.tokens.mean, r.accuracy.mean) for r in rows if r.front)
-  panel.plot(*zip(*front, strict=True), color=_GREY, linestyle='--',
-             linewidth=1, zorder=0)
-  # At least this much around, so that noise does not fill the panel.
-  x = limits([r.tokens.mean for r in rows], least=3.0, most=math.inf)
-  y = limits([r.accuracy.mean for r in rows], least=1.0, most=100.0)
-  panel.set_xlim(x)
-  panel.set_ylim(y)
-  _number(panel, drawn, x, y)
-  dress(panel, 'Accuracy and length on held-out problems (bars: 95 %)',
-        'mean completion length (tokens)', 'accuracy (%)')
+  crowd = _crowd(rows)
+  picture = figure.Figure(figsize=(15 if crowd else 11, 6.6), dpi=110,
+                          layout='constrained')
+  panels_ = picture.subplots(1, 2 if crowd else 1, squeeze=False)[0]
+  for panel, mine in zip(panels_, (rows, crowd), strict=False):
+    # At least this much around, so that noise does not fill the panel.
+    x = limits([r.tokens.mean for r in mine], least=3.0 if mine is rows else 1.0,
+               most=math.inf)
+    y = limits([r.accuracy.mean for r in mine], least=1.0 if mine is rows else
+               0.5, most=100.0)
+    _scatter(panel, drawn, x, y)
+    dress(panel, 'Accuracy and length on held-out problems (bars: 95 %)'
+          if mine is rows else 'Where most arms are',
+          'mean completion length (tokens)', 'accuracy (%)')
   handles = _legend(drawn)
   legend = picture.legend(handles=handles, loc='outside right upper',
                           frameon=False, fontsize=9, handletextpad=0.4,
@@ -157,6 +153,44 @@ def limits(values: Sequence[float | int], least: float,
 def plain(text: str) -> str:
   """The text as it is, not as matplotlib's mathematics between two dollars."""
   return text.replace('$', r'\$')
+
+
+def _crowd(rows: Sequence[arms_lib.Row]) -> list[arms_lib.Row]:
+  """The arms near the median one, if these are most and the others far."""
+  rows = [row for row in rows if _finite(row)]
+  found = rows
+  for value in (lambda row: row.tokens.mean, lambda row: row.accuracy.mean):
+    values = [value(row) for row in rows]
+    middle = statistics.median(values)
+    usual = statistics.median(abs(v - middle) for v in values)
+    found = [row for row in found if abs(value(row) - middle) <= 4 * usual]
+  span = lambda mine: (max(row.tokens.mean for row in mine) -
+                       min(row.tokens.mean for row in mine))
+  crowded = (len(found) >= _CROWD and 2 * len(found) > len(rows) and
+             span(found) < span(rows) / 2)
+  return found if crowded else []
+
+
+def _scatter(panel: axes.Axes, drawn: Sequence[Drawn], x: tuple[float, float],
+             y: tuple[float, float]) -> None:
+  """The arms within these limits, their intervals, and the front."""
+  for row, colour, marker in drawn:
+    bars = [[0.0 if math.isnan(s.half) else s.half]
+            for s in (row.tokens, row.accuracy)]
+    panel.errorbar(row.tokens.mean, row.accuracy.mean, bars[1], bars[0],
+                   fmt='none', ecolor=colour, elinewidth=0.8, alpha=0.35,
+                   zorder=1)
+    panel.plot(row.tokens.mean, row.accuracy.mean, marker=marker, color=colour,
+               markersize=8, markeredgecolor='white', linestyle='', zorder=3)
+  front = sorted((row.tokens.mean, row.accuracy.mean) for row, _, _ in drawn
+                 if row.front)
+  panel.plot(*zip(*front, strict=True), color=_GREY, linestyle='--',
+             linewidth=1, zorder=0)
+  panel.set_xlim(x)
+  panel.set_ylim(y)
+  inside = lambda row: (x[0] <= row.tokens.mean <= x[1] and
+                        y[0] <= row.accuracy.mean <= y[1])
+  _number(panel, [part for part in drawn if inside(part[0])], x, y)
 
 
 def _families(rows: Sequence[arms_lib.Row]

@@ -150,3 +150,20 @@ def test_pictures_of_many_arms(tmp_path, count, families):
   for picture in (pictures.plane(rows), pictures.levels(rows, found[0].name),
                   curves.of_arms(found, rows, 'length/mean', 'tokens')):
     assert pictures.png(picture).startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('near, num_panels', [(13, 2), (5, 1)])
+def test_arms_that_crowd_are_shown_again(tmp_path, near, num_panels):
+  one = arm(tmp_path, 'x', [(0.9, 40.0), (0.8, 30.0)])
+  rows = arms.rows([arms.Arm(f'arm {i}', one.runs) for i in range(15)])
+  tokens = lambda row: 30.0 + (row.number if row.number <= near else
+                               40.0 * row.number)
+  rows = [dataclasses.replace(row, tokens=arms.Spread(tokens(row), 1.0))
+          for row in rows]
+  picture = pictures.plane(rows)
+  assert len(picture.axes) == num_panels
+  told = [sorted(int(text.get_text()) for text in panel.texts)
+          for panel in picture.axes]
+  assert told[0] == list(range(16))
+  if num_panels == 2:
+    assert told[1] == list(range(near + 1))
