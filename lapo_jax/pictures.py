@@ -48,16 +48,14 @@ def plane(rows: Sequence[arms_lib.Row], control: str = '') -> figure.Figure:
   picture = figure.Figure(figsize=(15 if crowd else 11, 6.6), dpi=110,
                           layout='constrained')
   panels_ = picture.subplots(1, 2 if crowd else 1, squeeze=False)[0]
-  for panel, mine in zip(panels_, (rows, crowd), strict=False):
-    # At least this much around, so that noise does not fill the panel.
-    x = limits([r.tokens.mean for r in mine], least=3.0 if mine is rows else 1.0,
-               most=math.inf)
-    y = limits([r.accuracy.mean for r in mine], least=1.0 if mine is rows else
-               0.5, most=100.0)
+  # At least so much around, so that noise does not fill the panel.
+  looks = ((rows, 'Accuracy and length on held-out problems (bars: 95 %)', 1.0),
+           (crowd, 'Where most arms are', 0.5))
+  for panel, (mine, title, least) in zip(panels_, looks, strict=False):
+    x = limits([r.tokens.mean for r in mine], least=3 * least, most=math.inf)
+    y = limits([r.accuracy.mean for r in mine], least=least, most=100.0)
     _scatter(panel, drawn, x, y)
-    dress(panel, 'Accuracy and length on held-out problems (bars: 95 %)'
-          if mine is rows else 'Where most arms are',
-          'mean completion length (tokens)', 'accuracy (%)')
+    dress(panel, title, 'mean completion length (tokens)', 'accuracy (%)')
   handles = _legend(drawn)
   legend = picture.legend(handles=handles, loc='outside right upper',
                           frameon=False, fontsize=9, handletextpad=0.4,

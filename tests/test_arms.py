@@ -166,4 +166,5 @@ def test_arms_that_crowd_are_shown_again(tmp_path, near, num_panels):
           for panel in picture.axes]
   assert told[0] == list(range(16))
   if num_panels == 2:
-    assert told[1] == list(range(near + 1))
+    # The base is as short here, and less often right.
+    assert told[1] == list(range(1, near + 1))
