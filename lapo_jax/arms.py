@@ -79,8 +79,9 @@ class Row:
     family: the arm's.
     runs: how many.
     accuracy: %.
+    gain: of it against the run's own base, points.
     tokens: mean tokens of a completion.
-    change: of the tokens against the run's own base, %.
+    change: of them against the run's own base, %.
     aes: of `evaluate.aes`, against the run's own base.
     truncated: % of completions that ran into the cap.
     seconds: of the training steps of a run.
@@ -93,6 +94,7 @@ class Row:
   family: str
   runs: int
   accuracy: Spread
+  gain: Spread
   tokens: Spread
   change: Spread
   aes: Spread
@@ -214,11 +216,12 @@ def _row(number: int, name: str, family: str,
          seconds: Sequence[float]) -> Row:
   """Of (base, last stage) of each run."""
   pick = lambda key: [last[key] for _, last in pairs]
-  change, scores = [], []
+  gain, change, scores = [], [], []
   for base, last in pairs:
     facts = [stage[key] for stage in (last, base)
              for key in ('accuracy', 'mean_tokens')]
     scores.append(evaluate.aes(*facts))
+    gain.append(100 * (facts[0] - facts[2]))
     change.append(100 * (facts[1] / facts[3] - 1) if facts[3] else math.nan)
   levels = dict.fromkeys(level for _, last in pairs
                          for level in last['by_level'])
@@ -228,7 +231,7 @@ def _row(number: int, name: str, family: str,
   return Row(
       number=number, name=name, family=family, runs=len(pairs),
       accuracy=spread([100 * x for x in pick('accuracy')]),
-      tokens=spread(pick('mean_tokens')), change=spread(change),
+      gain=spread(gain), tokens=spread(pick('mean_tokens')), change=spread(change),
       aes=spread(scores), seconds=spread(seconds),
       truncated=spread([100 * x for x in pick('truncated')]),
       by_level={level: {key: mean(level, key)

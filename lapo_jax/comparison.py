@@ -7,19 +7,20 @@ from typing import Any
 from lapo_jax import arms as arms_lib
 from lapo_jax import curves, page, pictures, wording
 
-_HEADINGS = ('#', 'arm', 'seeds', 'accuracy %', 'mean tokens',
-             'tokens % of base', 'AES', 'truncated %', 'seconds')
+_HEADINGS = ('#', 'arm', 'seeds', 'accuracy %', 'points over base',
+             'mean tokens', 'tokens % of base', 'AES', 'truncated %', 'seconds')
 # A metric, its axis.
 _CURVES = (('length/mean', 'mean tokens'), ('outcome/correct', 'correct'),
            ('outcome/truncated', 'truncated'),
            ('policy/entropy', 'entropy (nats)'))
 _HOW = (
     'Mean ± half of the 95 % confidence interval over seeds (Student\'s t). '
-    'Held-out problems, the last policy of each run. AES against the run\'s '
-    'own base: saved share of tokens, plus 3 times the relative gain in '
-    'accuracy, or minus 5 times the relative loss. Seconds are those of the '
-    'training steps of a run. Bold: no other arm is as often right with as '
-    'few tokens.')
+    'Held-out problems, the last policy of each run. A seed draws its own '
+    'samples, for the base too: what is told against the run\'s own base '
+    'varies less than the accuracy itself. AES, against it too: saved share of '
+    'tokens, plus 3 times the relative gain in accuracy, or minus 5 times the '
+    'relative loss. Seconds are those of the training steps of a run. Bold: no '
+    'other arm is as often right with as few tokens.')
 
 
 def cells(rows: Sequence[arms_lib.Row]) -> list[list[str]]:
@@ -27,11 +28,11 @@ def cells(rows: Sequence[arms_lib.Row]) -> list[list[str]]:
   found = [list(_HEADINGS)]
   for row in rows:
     # The base is measured against itself, and costs no steps.
-    against = ([_cell(row.change, '+.1f'), _cell(row.aes, '.2f')]
-               if row.number else ['-', '-'])
+    against = ([_cell(row.gain, '+.1f'), _cell(row.change, '+.1f'),
+                _cell(row.aes, '.2f')] if row.number else ['-', '-', '-'])
     found.append([str(row.number), row.name, str(row.runs),
-                  _cell(row.accuracy), _cell(row.tokens), *against,
-                  _cell(row.truncated), _cell(row.seconds, '.0f')])
+                  _cell(row.accuracy), against[0], _cell(row.tokens),
+                  *against[1:], _cell(row.truncated), _cell(row.seconds, '.0f')])
   return found
 
 

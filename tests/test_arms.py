@@ -54,6 +54,7 @@ def test_rows_by_hand(tmp_path):
   assert row.accuracy == (pytest.approx(85.0), pytest.approx(12.706 * 5.0))
   assert row.tokens == (35.0, pytest.approx(12.706 * 5.0))
   assert row.change.mean == pytest.approx(-50.0)
+  assert row.gain.mean == pytest.approx(row.accuracy.mean - 80.0)
   # ΔL + 3ΔA: 3/7 + 3/8 and 4/7 + 0; with a loss, ΔL − 5|ΔA|.
   assert row.aes.mean == pytest.approx((3 / 7 + 3 / 8 + 4 / 7) / 2)
   assert other.aes.mean == pytest.approx(0.5 - 5 * 0.25)
@@ -110,18 +111,19 @@ def test_numbers_that_are_not_finite(tmp_path):
   found = [arms.Arm('r', [arms.load(folder)])]
   rows = arms.rows(found)
   assert [row.front for row in rows] == [True, False]
-  assert comparison.cells(rows)[2][2:7] == ['1', '-', '-', '-', '-']
+  assert comparison.cells(rows)[2][2:8] == ['1', *['-'] * 5]
   assert comparison.drawn(found, rows)['plane'][0].startswith(b'\x89PNG')
 
 
 def test_the_tables(tmp_path):
   found = [arm(tmp_path, 'a|b', [(0.9, 40.0), (0.8, 30.0)], levels=('1',))]
   assert comparison.markdown(arms.rows(found)).splitlines()[:4] == [
-      '| # | arm | seeds | accuracy % | mean tokens | tokens % of base | AES | '
-      'truncated % | seconds |',
-      '|---|---|---|---|---|---|---|---|---|',
-      '| 0 | base | 2 | 80.0 ± 0.0 | 70.0 ± 0.0 | - | - | 0.0 ± 0.0 | - |',
-      '| 1 | **a\\|b** | 2 | 85.0 ± 63.5 | 35.0 ± 63.5 | -50.0 ± 90.8 | '
+      '| # | arm | seeds | accuracy % | points over base | mean tokens | '
+      'tokens % of base | AES | truncated % | seconds |',
+      '|---|---|---|---|---|---|---|---|---|---|',
+      '| 0 | base | 2 | 80.0 ± 0.0 | - | 70.0 ± 0.0 | - | - | 0.0 ± 0.0 | - |',
+      '| 1 | **a\\|b** | 2 | 85.0 ± 63.5 | +5.0 ± 63.5 | 35.0 ± 63.5 | '
+      '-50.0 ± 90.8 | '
       '0.69 ± 1.47 | 0.0 ± 0.0 | 30 ± 0 |']
   assert comparison.level_cells(arms.rows(found)) == [
       ['#', 'arm', '1'], ['0', 'base', '80.0 / 56'],
