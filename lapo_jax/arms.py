@@ -231,7 +231,8 @@ def _row(number: int, name: str, family: str,
   return Row(
       number=number, name=name, family=family, runs=len(pairs),
       accuracy=spread([100 * x for x in pick('accuracy')]),
-      gain=spread(gain), tokens=spread(pick('mean_tokens')), change=spread(change),
+      gain=spread(gain), tokens=spread(pick('mean_tokens')),
+      change=spread(change),
       aes=spread(scores), seconds=spread(seconds),
       truncated=spread([100 * x for x in pick('truncated')]),
       by_level={level: {key: mean(level, key)

@@ -32,7 +32,8 @@ def cells(rows: Sequence[arms_lib.Row]) -> list[list[str]]:
                 _cell(row.aes, '.2f')] if row.number else ['-', '-', '-'])
     found.append([str(row.number), row.name, str(row.runs),
                   _cell(row.accuracy), against[0], _cell(row.tokens),
-                  *against[1:], _cell(row.truncated), _cell(row.seconds, '.0f')])
+                  *against[1:], _cell(row.truncated),
+                  _cell(row.seconds, '.0f')])
   return found
 
 
