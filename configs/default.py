@@ -108,6 +108,11 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       'importance_floor': 0.0,  # the bound below
       'importance_level': 'token',  # 'token' | 'sequence'
       'importance_outside': 'truncate',  # 'truncate' | 'mask'
+      # KL-Cov: this share of tokens, whose log-prob and advantage covary most,
+      # pay coef·|log π / π_old|; 0.0002 is the paper's, 0 = off. It acts where
+      # a batch has several updates.
+      'kl_cov_share': 0.0,
+      'kl_cov_coef': 1.0,
   })
   config.optimizer = ml_collections.ConfigDict({
       'learning_rate': 1e-6,

@@ -135,13 +135,13 @@ def make_update_fn(
   places = shardings and (shardings[0].params, shardings[1])
   forward = forward_lib.make(model, places, temperature=temperature)
 
-  def loss_fn(ready, part):
+  def loss_fn(ready, part, covarying):
     mask = part.rollout.action_mask
     logprobs, entropies = _logprobs(forward, ready, part.rollout)
     old_logprobs = part.old_logprobs
     if old_logprobs is None:
       old_logprobs = jax.lax.stop_gradient(logprobs)
-    per_token, found = per_token_fn(logprobs, part)
+    per_token, found = per_token_fn(logprobs, part, covarying)
     average = lambda x: jnp.sum(part.weights * x)
     sampler_logprobs = part.rollout.sampler_logprobs
     sampler_kl = losses.k3_kl(sampler_logprobs, old_logprobs, mask)
@@ -157,22 +157,25 @@ def make_update_fn(
   def update(state: types.TrainState,
              batch: types.Batch | tuple[types.Batch, ...]):
     gradient = jax.grad(loss_fn, has_aux=True)
+    parts = batch if isinstance(batch, tuple) else (batch,)
     # Once for all microbatches.
-    ready = forward.ready(state.params)
+    ready, covarying = forward.ready(state.params), None
+    share = loss.get('kl_cov_share', 0.0)
+    if share and parts[0].old_logprobs is not None:
+      covarying = objective.most_covarying(parts, share)
 
     def add(total, part):
 
       def run():
-        grads, (sums, ratio_max) = gradient(ready, part)
+        grads, (sums, ratio_max) = gradient(ready, part, covarying)
         return (forward.add(total[0], grads),
                 jax.tree.map(jnp.add, total[1], sums)), ratio_max
 
       return _if_filled(part.rollout, run, lambda: (total, jnp.float32(0)))
 
-    parts = batch if isinstance(batch, tuple) else (batch,)
     cuts = [_cut(part, microbatch_size) for part in parts]
     first = jax.tree.map(lambda x: x[0], cuts[0])
-    sums = jax.eval_shape(loss_fn, ready, first)[1][0]
+    sums = jax.eval_shape(loss_fn, ready, first, covarying)[1][0]
     total = (forward.zeros(ready),
              jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums))
     ratio_max = []

@@ -16,8 +16,11 @@ The published losses are points of one small space:
   RLOO       ppo     0.2, 0.2              constant    leave_one_out, scale none
   GSPO       gspo    3e-4, 4e-4            sequence
   CISPO      cispo   1.0, 4.0              token
+  KL-Cov     ppo     none (1e9, 1e9)       token       kl_cov_share 0.0002
 
 Choices where papers, or a paper and its code, differ:
+  * KL-Cov's tokens are chosen by π_old and once an update, not by π in each
+    microbatch, see `objective.most_covarying`.
   * CISPO clips the weight to [1 − ε_low, 1 + ε_high], as its formula and verl
     do; TRL's bound c without a lower one is ε_low = 1, ε_high = c − 1.
   * The dual clip's c and the two-sided clip's δ (INTELLECT-2, TRL's `delta`)

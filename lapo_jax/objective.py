@@ -1,18 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the update minimises, per token, from the settings of `config.loss`.
 
-  per_token = v·surrogate(ρ, A) + β·kl [·ρ]
+  per_token = v·surrogate(ρ, A) + β·kl [·ρ] [+ κ·|log ρ| on a few tokens]
 
 ρ is π / π_old and v what `ratios.importance_weights` gives a token; see
-`losses` for which settings are which paper. Rows may be packed.
+`losses` for which settings are which paper. Rows may be packed. The few tokens
+are those of KL-Cov (arXiv:2505.22617), see `most_covarying`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from lapo_jax import losses, ratios, types
+
+
+class Covarying(NamedTuple):
+  """Which tokens covary most with their advantage; float32 [] each.
+
+  Attributes:
+    advantage: the mean over an update's tokens.
+    logprob: that of log π_old.
+    least: (A − mean A)·(log π_old − mean log π_old) of the last one of them.
+  """
+
+  advantage: jax.Array
+  logprob: jax.Array
+  least: jax.Array
+
+  def products(self, batch: types.Batch) -> Float[Array, 'B T']:
+    """(A − mean A)·(log π_old − mean log π_old), −∞ on what is not trained."""
+    return jnp.where(
+        batch.rollout.action_mask, (_along(batch) - self.advantage) *
+        (batch.old_logprobs - self.logprob), -jnp.inf)
+
+  def among(self, batch: types.Batch) -> Bool[Array, 'B T']:
+    """Whether a token is one of them."""
+    return batch.rollout.action_mask & (self.products(batch) >= self.least)
+
+
+def most_covarying(parts: Sequence[types.Batch], share: float) -> Covarying:
+  """The `share` of an update's tokens that covary most, one at least.
+
+  Chosen once for the whole update, so that its microbatches cannot matter.
+  """
+  masks = [part.rollout.action_mask for part in parts]
+  count = sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
+  mean = lambda values: sum(
+      jnp.sum(jnp.where(mask, x, 0.0))
+      for mask, x in zip(masks, values, strict=True)) / jnp.maximum(count, 1)
+  found = Covarying(mean([_along(part) for part in parts]),
+                    mean([part.old_logprobs for part in parts]), jnp.float32(0))
+  ranked = jnp.sort(jnp.concatenate(
+      [found.products(part).ravel() for part in parts]))
+  number = jnp.maximum((share * count).astype(jnp.int32), 1)
+  return found._replace(least=ranked[ranked.size - number])
 
 
 def make_objective_fn(
@@ -20,8 +65,9 @@ def make_objective_fn(
     dual_clip: float = 0.0, kl_coef: float = 0.0, kl: str = 'k3',
     kl_ratio: bool = False, importance_cap: float = 0.0,
     importance_floor: float = 0.0, importance_level: str = 'token',
-    importance_outside: str = 'truncate') -> Callable:
-  """A function `(log-probs [B, T], Batch) -> (per token [B, T], found)`.
+    importance_outside: str = 'truncate', kl_cov_share: float = 0.0,
+    kl_cov_coef: float = 1.0) -> Callable:
+  """A function `(log-probs [B, T], Batch, covarying) -> (per token, found)`.
 
   Args:
     kind: of `losses.surrogate`.
@@ -35,6 +81,9 @@ def make_objective_fn(
     importance_floor: likewise.
     importance_level: likewise.
     importance_outside: likewise.
+    kl_cov_share: of the tokens, those that `most_covarying` finds and that pay
+      for moving; 0 = none.
+    kl_cov_coef: κ, what they pay: κ·|log ρ|.
 
   Returns:
     The function; pure, and 0 on padding. `found` holds [B, T] by the name of
@@ -49,7 +98,8 @@ def make_objective_fn(
             'dual_clip': dual_clip or jnp.inf}
   level = 'sequence' if kind == 'gspo' else 'token'
 
-  def objective(logprobs: jax.Array, batch: types.Batch):
+  def objective(logprobs: jax.Array, batch: types.Batch,
+                covarying: Covarying | None = None):
     rollout, mask = batch.rollout, batch.rollout.action_mask
     old_logprobs = batch.old_logprobs
     if old_logprobs is None:
@@ -75,9 +125,21 @@ def make_objective_fn(
         penalty = penalty * ratios.policy_ratios(*policies, mask, segments,
                                                  level=level)
       per_token = per_token + kl_coef * penalty
+    # Without old log-probs nothing has moved, and |log ρ| has no slope.
+    if kl_cov_share and covarying is not None:
+      per_token = per_token + kl_cov_coef * jnp.where(
+          covarying.among(batch), jnp.abs(logprobs - old_logprobs), 0.0)
     return per_token, {
         'policy/clip_fraction': losses.is_clipped(
             *policies, batch.advantages, mask, segments, **bounds),
         'policy/kl': divergence}
 
   return objective
+
+
+def _along(batch: types.Batch) -> Float[Array, 'B T']:
+  """The advantages along the tokens."""
+  shape = batch.rollout.action_mask.shape
+  advantages = batch.advantages
+  return jnp.broadcast_to(
+      advantages if advantages.ndim == 2 else advantages[:, None], shape)

@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_grpo import LENGTHS, B, L, T, make_batch, make_rollout
+from test_grpo import (
+    CAPTURE,
+    LENGTHS,
+    B,
+    L,
+    T,
+    distance,
+    host,
+    make_batch,
+    make_rollout,
+    make_state,
+)
 
 from lapo_jax import checks, grpo, losses, objective, packing, plugins
 
@@ -110,6 +121,55 @@ def test_packed_rows_have_the_same_sums(logprobs, batch, name):
   np.testing.assert_allclose(
       np.linalg.norm(gradient(packed_logprobs, packed, **SETTINGS[name])),
       np.linalg.norm(gradient(logprobs, batch, **SETTINGS[name])), rtol=1e-5)
+
+
+def covarying_by_hand(parts, share):
+  """The trained tokens of all parts by covariance, the share of the most."""
+  rows = [(float(advantage), float(old), where)
+          for i, part in enumerate(parts)
+          for b, t in zip(*np.nonzero(np.asarray(part.rollout.action_mask)),
+                          strict=True)
+          for advantage, old, where in [(part.advantages[b],
+                                         part.old_logprobs[b, t], (i, b, t))]]
+  means = np.mean([row[:2] for row in rows], axis=0)
+  rows.sort(key=lambda row: -(row[0] - means[0]) * (row[1] - means[1]))
+  return {where for _, _, where in rows[:max(1, int(share * len(rows)))]}
+
+
+@pytest.mark.parametrize('share', [1e-6, 0.1, 1.0])
+def test_tokens_that_covary_most_pay_for_moving(logprobs, batch, share):
+  parts = (batch, batch.replace(old_logprobs=batch.old_logprobs * 1.1))
+  found = objective.most_covarying(parts, share)
+  wanted = covarying_by_hand(parts, share)
+  assert {(i, b, t) for i, part in enumerate(parts) for b, t in zip(
+      *np.nonzero(np.asarray(found.among(part))), strict=True)} == wanted
+  plain = objective.make_objective_fn()
+  paying = objective.make_objective_fn(kl_cov_share=share, kl_cov_coef=3.0)
+  penalty = paying(logprobs, batch, found)[0] - plain(logprobs, batch)[0]
+  there = np.asarray(found.among(batch))
+  np.testing.assert_allclose(penalty, np.where(
+      there, 3 * np.abs(logprobs - batch.old_logprobs), 0), atol=1e-5)
+
+
+def test_microbatches_do_not_matter_to_what_covaries(batch, tiny_model,
+                                                     make_params):
+  params = jax.tree.map(jnp.asarray, make_params(tiny_model))
+
+  def gradient_of(batch, size, **settings):
+    update = grpo.make_update_fn(tiny_model, CAPTURE, temperature=1.0,
+                                 microbatch_size=size, **settings)
+    return host(update(make_state(params), batch)[0].opt_state)
+
+  settings = {'kl_cov_share': 0.1, 'kl_cov_coef': 5.0}
+  whole = gradient_of(batch, B, **settings)
+  assert distance(gradient_of(batch, 2, **settings), whole) < 1e-5
+  parts = grpo.make_split_fn()(batch, 8, 5)
+  assert distance(gradient_of(parts, 8, **settings), whole) < 1e-5
+  assert distance(gradient_of(batch, B), whole) > 1e-2
+  # On-policy nothing has moved.
+  on_policy = batch.replace(old_logprobs=None)
+  assert distance(gradient_of(on_policy, B, **settings),
+                  gradient_of(on_policy, B)) == 0
 
 
 def test_what_did_not_end_leaves_the_loss():

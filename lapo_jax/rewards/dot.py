@@ -17,7 +17,8 @@ z-score in a group of G is (G − 1)/√G: with α = 3 nothing is ever cut up to
 G = 10, and that is refused.
 
 Departures:
-  * The code's KL-Cov loss is left out; its optimiser is the config's.
+  * The optimiser is the config's; the code's KL-Cov loss is the key
+    `loss.kl_cov_share`.
   * What is cut does not count as truncated: its grade decides.
 """
 
