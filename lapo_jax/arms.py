@@ -80,6 +80,8 @@ class Row:
     runs: how many.
     accuracy: %.
     gain: of it against the run's own base, points.
+    lead: of it against the control's run of the same seed, points; NaN
+      without one.
     tokens: mean tokens of a completion.
     change: of them against the run's own base, %.
     aes: of `evaluate.aes`, against the run's own base.
@@ -95,6 +97,7 @@ class Row:
   runs: int
   accuracy: Spread
   gain: Spread
+  lead: Spread
   tokens: Spread
   change: Spread
   aes: Spread
@@ -150,8 +153,13 @@ def grouped(runs: Iterable[Run]) -> list[Arm]:
   return [Arm(name(mine) or mine[0].name, mine) for mine in found.values()]
 
 
-def rows(arms: Sequence[Arm]) -> list[Row]:
+def rows(arms: Sequence[Arm], control: str = '') -> list[Row]:
   """The base, then each arm; see `Row`.
+
+  Args:
+    arms: runs of one base on the same problems.
+    control: name of the arm whose runs those of the same seed are held
+      against, '' = none.
 
   Raises:
     ValueError: no arms, or runs of different models or held-out problems,
@@ -168,11 +176,16 @@ def rows(arms: Sequence[Arm]) -> list[Row]:
             'runs of one base on the same problems; report on each by itself.')
   # Every run of a seed evaluates the same base, with the same random numbers.
   bases = {run.config.get('seed'): run.stages[0] for run in runs}
-  found = [_row(0, 'base', '', [(base, base) for base in bases.values()], [])]
+  controls = {run.config.get('seed'): run.stages[-1]['accuracy']
+              for arm in arms if arm.name == control for run in arm.runs}
+  found = [_row(0, 'base', '', [(base, base) for base in bases.values()], [],
+                [])]
   for number, arm in enumerate(arms, start=1):
+    leads = [100 * (run.stages[-1]['accuracy'] - controls[seed])
+             for run in arm.runs if (seed := run.config.get('seed')) in controls]
     found.append(_row(number, arm.name, arm.family,
                       [(run.stages[0], run.stages[-1]) for run in arm.runs],
-                      [run.seconds for run in arm.runs]))
+                      [run.seconds for run in arm.runs], leads))
   better = lambda a, b: (a.accuracy.mean >= b.accuracy.mean and
                          a.tokens.mean <= b.tokens.mean and
                          (a.accuracy.mean, a.tokens.mean) !=
@@ -213,8 +226,8 @@ def is_time(name: str) -> bool:
 
 def _row(number: int, name: str, family: str,
          pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-         seconds: Sequence[float]) -> Row:
-  """Of (base, last stage) of each run."""
+         seconds: Sequence[float], leads: Sequence[float]) -> Row:
+  """Of (base, last stage) of each run, and its points over the control."""
   pick = lambda key: [last[key] for _, last in pairs]
   gain, change, scores = [], [], []
   for base, last in pairs:
@@ -231,8 +244,8 @@ def _row(number: int, name: str, family: str,
   return Row(
       number=number, name=name, family=family, runs=len(pairs),
       accuracy=spread([100 * x for x in pick('accuracy')]),
-      gain=spread(gain), tokens=spread(pick('mean_tokens')),
-      change=spread(change),
+      gain=spread(gain), lead=spread(leads),
+      tokens=spread(pick('mean_tokens')), change=spread(change),
       aes=spread(scores), seconds=spread(seconds),
       truncated=spread([100 * x for x in pick('truncated')]),
       by_level={level: {key: mean(level, key)

@@ -7,8 +7,6 @@ from typing import Any
 from lapo_jax import arms as arms_lib
 from lapo_jax import curves, page, pictures, wording
 
-_HEADINGS = ('#', 'arm', 'seeds', 'accuracy %', 'points over base',
-             'mean tokens', 'tokens % of base', 'AES', 'truncated %', 'seconds')
 # A metric, its axis.
 _CURVES = (('length/mean', 'mean tokens'), ('outcome/correct', 'correct'),
            ('outcome/truncated', 'truncated'),
@@ -16,23 +14,27 @@ _CURVES = (('length/mean', 'mean tokens'), ('outcome/correct', 'correct'),
 _HOW = (
     'Mean ± half of the 95 % confidence interval over seeds (Student\'s t). '
     'Held-out problems, the last policy of each run. A seed draws its own '
-    'samples, for the base too: what is told against the run\'s own base '
-    'varies less than the accuracy itself. AES, against it too: saved share of '
-    'tokens, plus 3 times the relative gain in accuracy, or minus 5 times the '
-    'relative loss. Seconds are those of the training steps of a run. Bold: no '
-    'other arm is as often right with as few tokens.')
+    'samples, for the base too: what is told against the run\'s own base, or '
+    'against another arm\'s run of the same seed, varies less than the accuracy '
+    'itself. AES, against the base: saved share of tokens, plus 3 times the '
+    'relative gain in accuracy, or minus 5 times the relative loss. Seconds are '
+    'those of the training steps of a run. Bold: no other arm is as often right '
+    'with as few tokens.')
 
 
-def cells(rows: Sequence[arms_lib.Row]) -> list[list[str]]:
-  """The table of arms, headings first."""
-  found = [list(_HEADINGS)]
+def cells(rows: Sequence[arms_lib.Row], control: str = '') -> list[list[str]]:
+  """The table of arms, headings first; with a control, points over it too."""
+  overs = ['points over base', *([f'points over {control}'] if control else [])]
+  found = [['#', 'arm', 'seeds', 'accuracy %', *overs, 'mean tokens',
+            'tokens % of base', 'AES', 'truncated %', 'seconds']]
   for row in rows:
-    # The base is measured against itself, and costs no steps.
+    # The base is measured against itself, as the control is, and costs no steps.
     against = ([_cell(row.gain, '+.1f'), _cell(row.change, '+.1f'),
                 _cell(row.aes, '.2f')] if row.number else ['-', '-', '-'])
+    lead = ['-' if row.name == control else _cell(row.lead, '+.1f')]
     found.append([str(row.number), row.name, str(row.runs),
-                  _cell(row.accuracy), against[0], _cell(row.tokens),
-                  *against[1:], _cell(row.truncated),
+                  _cell(row.accuracy), against[0], *(lead if control else []),
+                  _cell(row.tokens), *against[1:], _cell(row.truncated),
                   _cell(row.seconds, '.0f')])
   return found
 
@@ -52,10 +54,10 @@ def level_cells(rows: Sequence[arms_lib.Row]) -> list[list[str]]:
   return found
 
 
-def markdown(rows: Sequence[arms_lib.Row]) -> str:
+def markdown(rows: Sequence[arms_lib.Row], control: str = '') -> str:
   """Both tables and how they were made, as Markdown."""
   strong = [row.front for row in rows]
-  parts = [_markdown(cells(rows), strong), '', _HOW]
+  parts = [_markdown(cells(rows, control), strong), '', _HOW]
   if by_level := level_cells(rows):
     parts += ['', 'Accuracy % / mean tokens, by level:', '',
               _markdown(by_level, strong)]
@@ -88,17 +90,20 @@ def drawn(arms: Sequence[arms_lib.Arm], rows: Sequence[arms_lib.Row],
 
 
 def parts(arms: Sequence[arms_lib.Arm], rows: Sequence[arms_lib.Row],
-          shown: Mapping[str, tuple[bytes, str]]) -> list[str]:
+          shown: Mapping[str, tuple[bytes, str]],
+          control: str = '') -> list[str]:
   """The page's parts, as HTML.
 
   Args:
     arms: that `rows` was made of.
     rows: of `arms.rows`.
     shown: of `drawn`.
+    control: name of the arm that the others are held against, '' = none.
   """
   strong = [i for i, row in enumerate(rows) if row.front]
   shown = dict(shown)
-  found = [page.table(cells(rows), left=(1,), strong=strong), page.note(_HOW)]
+  found = [page.table(cells(rows, control), left=(1,), strong=strong),
+           page.note(_HOW)]
   first = [page.picture(*shown.pop(name)) for name in ('plane', 'levels')
            if name in shown]
   found += [page.heading('Accuracy and length'), *first]

@@ -61,6 +61,11 @@ def test_rows_by_hand(tmp_path):
   assert row.seconds.mean == 30.0  # six steps of 2 and 3 s
   assert row.by_level['1'] == {'accuracy': pytest.approx(0.85),
                                'mean_tokens': pytest.approx(28.0)}
+  assert math.isnan(row.lead.mean)
+  # Seed by seed; the other has the first alone.
+  _, control, against = arms.rows([first, second], 'first')
+  assert control.lead == (0.0, 0.0)
+  assert against.lead.mean == pytest.approx(60.0 - 90.0)
   # The other is as long and less often right, the base is both.
   assert [r.front for r in (base, row, other)] == [False, True, False]
 
@@ -125,6 +130,10 @@ def test_the_tables(tmp_path):
       '| 1 | **a\\|b** | 2 | 85.0 ± 63.5 | +5.0 ± 63.5 | 35.0 ± 63.5 | '
       '-50.0 ± 90.8 | '
       '0.69 ± 1.47 | 0.0 ± 0.0 | 30 ± 0 |']
+  found.append(arm(tmp_path, 'c', [(0.8, 40.0), (0.8, 30.0)], levels=('1',)))
+  over = [row[5] for row in comparison.cells(arms.rows(found, 'c'), 'c')]
+  assert over == ['points over c', '-', '+5.0 ± 63.5', '-']
+  del found[1]
   assert comparison.level_cells(arms.rows(found)) == [
       ['#', 'arm', '1'], ['0', 'base', '80.0 / 56'],
       ['1', 'a|b', '85.0 / 28']]

@@ -70,16 +70,16 @@ def found(workdir: pathlib.Path, names: Sequence[str],
 def tell(workdir: pathlib.Path, arms: Sequence[arms_lib.Arm],
          whole: bool = True) -> None:
   """Writes table.md and, if `whole`, report.html and its pictures."""
-  rows = arms_lib.rows(arms)
-  (workdir / 'table.md').write_text(comparison.markdown(rows),
-                                    encoding='utf-8')
+  rows = arms_lib.rows(arms, methods.CONTROL)
+  (workdir / 'table.md').write_text(
+      comparison.markdown(rows, methods.CONTROL), encoding='utf-8')
   if not whole:
     return
   shown = comparison.drawn(arms, rows, methods.CONTROL)
   for name, (png, _) in shown.items():
     (workdir / f'{name}.png').write_bytes(png)
   report.write_page(workdir / 'report.html', _TITLE,
-                    comparison.parts(arms, rows, shown))
+                    comparison.parts(arms, rows, shown, methods.CONTROL))
 
 
 class Runner:
