@@ -17,14 +17,19 @@ What a method needs besides grades and lengths comes from the data set:
   * target_lengths: the tokens that each prompt states, of methods that state a
     number. The prompts are the data set's: `types.Reward.instruct` writes them.
 
-What does not fit into one number per completion is refused: methods that need
-log-probs (sar, drpo), that leave completions out (gfpo, qlpo), that cut them or
-silence tokens (dot, sas), or whose prompts state what is no number of tokens
-(e1).
+Methods that leave completions out of their groups (gfpo, qlpo) return
+advantages, 0 for those left out: TRL counts a reward of None as a 0 that the
+others are compared with. Their mean is 0 in each group, so that a trainer with
+`scale_rewards='none'` learns from just these numbers.
 
-Departures: the advantages are TRL's. Methods that want terms normalised apart
-(lead, gdpo) are plain sums, and those whose terms are advantages already (ddca,
-hbpo) are normalised once more unless the trainer is told not to.
+What does not fit into one number per completion is refused: methods that need
+log-probs (sar, drpo), that cut completions or silence tokens (dot, sas), or
+whose prompts state what is no number of tokens (e1).
+
+Departures: the advantages of the other methods are TRL's. Those that want terms
+normalised apart (lead, gdpo) are plain sums, and those whose terms are
+advantages already (ddca, hbpo) are normalised once more unless the trainer is
+told not to.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lapo_jax import plugins, types
+from lapo_jax import advantages, plugins, types
 
 
 class RewardFunction:
@@ -93,7 +98,6 @@ class RewardFunction:
       if not all(np.isfinite(x).all() for x in found.values()):
         self._refuse_logprobs()
       self._measures = bool(found)
-      self._check_no_filter()
 
   def __call__(self, prompts: Sequence[Any], completions: Sequence[Any],
                completion_ids: Sequence[Sequence[int]],
@@ -107,8 +111,8 @@ class RewardFunction:
       **columns: of the data set, a value per completion.
 
     Returns:
-      The method's total, a float per completion; None where a group has no
-      grades.
+      The method's total, a float per completion, or its advantage where the
+      method leaves some out; None where a group has no grades.
 
     Raises:
       ValueError: no whole groups, or a column that is missing or wrong.
@@ -156,7 +160,10 @@ class RewardFunction:
           target_lengths=np.asarray(targets, np.int32),
           extras={name: group(x, np.float32) for name, x in extras.items()},
       ), self.state)
-      return np.ravel(rewards.total).astype(float).tolist()
+      total = rewards.total
+      if rewards.keep is not None:
+        total = advantages.group_advantages(total, rewards.keep)
+      return np.ravel(total).astype(float).tolist()
 
   def _grades(self, prompts, completions, completion_ids, columns):
     if isinstance(self._correct, str):
@@ -214,22 +221,6 @@ class RewardFunction:
     raise ValueError(f'{self._name} needs log-probs, which TRL does not hand '
                      'to a reward function: use the loop of lapo_jax, or '
                      'another method.')
-
-  def _check_no_filter(self):
-    """Refuses a method that leaves completions out: TRL's None is a 0."""
-    shape = (1, self._group_size)
-    names = {*self._method.read('', types.Example('', '')),
-             *(self._measure([[0]]) if self._measures else ())}
-    rewards, _ = jax.eval_shape(self._method.apply, types.Outcomes(
-        correct=np.zeros(shape, np.float32), lengths=np.ones(shape, np.int32),
-        truncated=np.zeros(shape, bool), prompt_index=np.zeros(1, np.int32),
-        target_lengths=np.ones(1, np.int32),
-        extras={name: np.zeros(shape, np.float32) for name in names}),
-        self.state)
-    if rewards.keep is not None:
-      raise ValueError(f'{self._name} leaves completions out of its groups, '
-                       'which TRL would count as a reward of 0: use the loop '
-                       'of lapo_jax, or another method.')
 
 
 def _on_cpu():

@@ -12,8 +12,6 @@ G, EOS = 4, 99
 REFUSED = {
     'sar': 'sar needs log-probs',
     'drpo': 'drpo needs log-probs',
-    'gfpo': 'gfpo leaves completions out',
-    'qlpo': 'qlpo leaves completions out',
     'dot': 'dot cuts completions',
     'sas': 'sas cuts completions or silences tokens',
     'e1': 'e1 writes more into a prompt',
@@ -128,6 +126,17 @@ def test_texts_and_tokens_are_read():
   shares = np.array([[0.5, 0, 0, 0.4]], np.float32)
   np.testing.assert_allclose(found, np.ravel(repetition.reward(
       np.array([[1, 1, 0, 0]]), np.ones((1, G)), shares)), rtol=1e-6)
+
+
+def test_what_is_left_out_of_its_group_has_no_advantage():
+  found = call(make('gfpo', k=3), ids(3, 5, 9, 4, 2, 2, 8, 6),
+               correct=[0, 1, 1, 0, 1, 1, 0, 1])
+  # The longest of each group is out; 0, 1, 0 and 1, 1, 1 are left. TRL takes
+  # the mean of a group from it, which is none.
+  sd = np.sqrt(1 / 3) + 1e-4
+  np.testing.assert_allclose(
+      found, [-1 / 3 / sd, 2 / 3 / sd, 0, -1 / 3 / sd, 0, 0, 0, 0], rtol=1e-6)
+  assert abs(sum(found[:G])) < 1e-6
 
 
 def test_what_is_missing_is_named():
