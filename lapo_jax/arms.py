@@ -182,7 +182,8 @@ def rows(arms: Sequence[Arm], control: str = '') -> list[Row]:
                 [])]
   for number, arm in enumerate(arms, start=1):
     leads = [100 * (run.stages[-1]['accuracy'] - controls[seed])
-             for run in arm.runs if (seed := run.config.get('seed')) in controls]
+             for run in arm.runs
+             if (seed := run.config.get('seed')) in controls]
     found.append(_row(number, arm.name, arm.family,
                       [(run.stages[0], run.stages[-1]) for run in arm.runs],
                       [run.seconds for run in arm.runs], leads))

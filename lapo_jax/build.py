@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from lapo_jax import (
+  cases,
   checks,
   forcing,
   ops,
@@ -64,7 +65,7 @@ class Run(NamedTuple):
   init_opt_state: Callable
   replicate: Callable
   state_shapes: types.TrainState
-  programs: programs.Programs
+  lowered: Callable
   manifest: dict[str, Any]
 
 
@@ -162,7 +163,8 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
       put_away=found.put_away, bring=found.bring,
       init_opt_state=found.init_opt_state,
       replicate=lambda tree: sharding.to_global(tree, replicated),
-      state_shapes=found.state_shapes, programs=found,
+      state_shapes=found.state_shapes,
+      lowered=lambda: cases.lowered(config, found, mesh),
       manifest=_manifest(task, eval_task))
 
 

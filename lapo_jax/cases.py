@@ -161,6 +161,15 @@ def trainer(config: ml_collections.ConfigDict, found: programs_lib.Programs,
   return cases
 
 
+def lowered(config: ml_collections.ConfigDict, found: programs_lib.Programs,
+            mesh: jax.sharding.Mesh) -> list[str]:
+  """The text of each program of a stage, for hosts to compare."""
+  every = {**sampler(config, found, found.sampler['num_slots']).cases,
+           **trainer(config, found, mesh)}
+  return [case.function.lower(*case.arguments).as_text()
+          for case in every.values()]
+
+
 def off_policy(config: ml_collections.ConfigDict) -> bool:
   """Whether the policy that learns moves away from the one that sampled."""
   return config.updates.num_epochs * config.updates.num_minibatches > 1

@@ -67,6 +67,15 @@ def choices(config: ml_collections.ConfigDict) -> None:
   if not (bound == 0 or bound > 1):
     raise ValueError(f'loss.dual_clip {bound}: expected a ratio above 1, such '
                      'as 3, or 0 for none.')
+  share = config.loss.kl_cov_share
+  if not 0 <= share <= 1:
+    raise ValueError(f'loss.kl_cov_share {share}: expected a share of the '
+                     'tokens, such as 0.0002, or 0 for none.')
+  if share and config.updates.num_epochs * config.updates.num_minibatches == 1:
+    raise ValueError(
+        f'loss.kl_cov_share {share}: with one update a batch the policy has '
+        'not moved and nothing is paid; expected more of '
+        'updates.num_minibatches or num_epochs, or 0 for none.')
 
 
 def batches(config: ml_collections.ConfigDict, parts: int,

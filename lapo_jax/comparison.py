@@ -15,11 +15,11 @@ _HOW = (
     'Mean ± half of the 95 % confidence interval over seeds (Student\'s t). '
     'Held-out problems, the last policy of each run. A seed draws its own '
     'samples, for the base too: what is told against the run\'s own base, or '
-    'against another arm\'s run of the same seed, varies less than the accuracy '
-    'itself. AES, against the base: saved share of tokens, plus 3 times the '
-    'relative gain in accuracy, or minus 5 times the relative loss. Seconds are '
-    'those of the training steps of a run. Bold: no other arm is as often right '
-    'with as few tokens.')
+    'against another arm\'s run of the same seed, varies less than the '
+    'accuracy itself. AES, against the base: saved share of tokens, plus 3 '
+    'times the relative gain in accuracy, or minus 5 times the relative loss. '
+    'Seconds are those of the training steps of a run. Bold: no other arm is '
+    'as often right with as few tokens.')
 
 
 def cells(rows: Sequence[arms_lib.Row], control: str = '') -> list[list[str]]:
@@ -28,7 +28,7 @@ def cells(rows: Sequence[arms_lib.Row], control: str = '') -> list[list[str]]:
   found = [['#', 'arm', 'seeds', 'accuracy %', *overs, 'mean tokens',
             'tokens % of base', 'AES', 'truncated %', 'seconds']]
   for row in rows:
-    # The base is measured against itself, as the control is, and costs no steps.
+    # Base and control are measured against themselves; the base costs no steps.
     against = ([_cell(row.gain, '+.1f'), _cell(row.change, '+.1f'),
                 _cell(row.aes, '.2f')] if row.number else ['-', '-', '-'])
     lead = ['-' if row.name == control else _cell(row.lead, '+.1f')]

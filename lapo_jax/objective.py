@@ -38,14 +38,23 @@ class Covarying(NamedTuple):
         (batch.old_logprobs - self.logprob), -jnp.inf)
 
   def among(self, batch: types.Batch) -> Bool[Array, 'B T']:
-    """Whether a token is one of them."""
+    """Whether a token is one of them; the batch has its old log-probs."""
     return batch.rollout.action_mask & (self.products(batch) >= self.least)
 
 
 def most_covarying(parts: Sequence[types.Batch], share: float) -> Covarying:
   """The `share` of an update's tokens that covary most, one at least.
 
-  Chosen once for the whole update, so that its microbatches cannot matter.
+  https://arxiv.org/abs/2505.22617, KL-Cov. Chosen once for the whole update,
+  so that its microbatches cannot matter.
+
+  Args:
+    parts: the microbatches, [B, T] each, with their old log-probs.
+    share: in [0, 1], of the tokens with an action mask.
+
+  Returns:
+    What `make_objective_fn`'s function asks each token with; tokens as good as
+    the last one chosen are chosen too.
   """
   masks = [part.rollout.action_mask for part in parts]
   count = sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
@@ -89,7 +98,8 @@ def make_objective_fn(
     The function; pure, and 0 on padding. `found` holds [B, T] by the name of
     its metric: policy/clip_fraction, where a bound acts, and policy/kl, the
     divergence without ρ. The batch's old log-probs may be None: then they are
-    the given ones.
+    the given ones. `covarying` is of `most_covarying` over all that the update
+    sees; None, and no token pays.
 
   Raises:
     ValueError: an unknown word, when the function is traced.

@@ -47,11 +47,11 @@ def plane(rows: Sequence[arms_lib.Row], control: str = '') -> figure.Figure:
   crowd = _crowd(rows)
   picture = figure.Figure(figsize=(15 if crowd else 11, 6.6), dpi=110,
                           layout='constrained')
-  panels_ = picture.subplots(1, 2 if crowd else 1, squeeze=False)[0]
+  places = picture.subplots(1, 2 if crowd else 1, squeeze=False)[0]
   # At least so much around, so that noise does not fill the panel.
   looks = ((rows, 'Accuracy and length on held-out problems (bars: 95 %)', 1.0),
            (crowd, 'Where most arms are', 0.5))
-  for panel, (mine, title, least) in zip(panels_, looks, strict=False):
+  for panel, (mine, title, least) in zip(places, looks, strict=False):
     x = limits([r.tokens.mean for r in mine], least=3 * least, most=math.inf)
     y = limits([r.accuracy.mean for r in mine], least=least, most=100.0)
     _scatter(panel, drawn, x, y)

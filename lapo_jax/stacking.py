@@ -27,8 +27,7 @@ def shapes(model: Any, tree: Any) -> Any:
 
 def places(model: Any, tree: Any) -> Any:
   """Likewise their shardings: each layer lies as it did, whole layers."""
-  return model.stack(tree, lambda leaves: NamedSharding(
-      leaves[0].mesh, PartitionSpec(None, *leaves[0].spec)))
+  return model.stack(tree, lambda leaves: _whole_layers(leaves[0]))
 
 
 def stack(model: Any, params: Any) -> Any:
@@ -40,7 +39,7 @@ def stack(model: Any, params: Any) -> Any:
   def join(leaves):
     place = leaves[0].sharding
     if isinstance(place, NamedSharding):
-      place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+      place = _whole_layers(place)
     joined = jax.jit(lambda *leaves: jnp.stack(leaves),
                      out_shardings=place)(*leaves)
     for leaf in leaves:
@@ -48,3 +47,8 @@ def stack(model: Any, params: Any) -> Any:
     return joined
 
   return model.stack(params, join)
+
+
+def _whole_layers(place: NamedSharding) -> NamedSharding:
+  """Of one layer -> of all of them, stacked in front."""
+  return NamedSharding(place.mesh, PartitionSpec(None, *place.spec))

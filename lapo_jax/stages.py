@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import build, cases, checkpoint, hosts, metrics, types, workdir
+from lapo_jax import build, checkpoint, hosts, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
 
 # Keys in which a resumed run may differ: they change no number it computes.
@@ -40,7 +40,7 @@ def agree(config: ml_collections.ConfigDict, runs: list[build.Run]) -> None:
   facts = {**hosts.software(), 'config': json.loads(config.to_json()),
            'data': {run.name: run.manifest for run in runs}}
   for run in runs:
-    facts[f'programs of stage {run.name!r}'] = _programs(run)
+    facts[f'programs of stage {run.name!r}'] = run.lowered()
   hosts.compare(facts)
 
 
@@ -152,17 +152,6 @@ def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
                '%.1f %%', run.name, 100 * found['accuracy'],
                found['mean_tokens'], 100 * found['truncated'])
   return found
-
-
-def _programs(run: build.Run) -> list[str]:
-  """The lowered text of what samples, scores and updates, on full shapes."""
-  found = run.programs
-  mesh = found.state_shapes.step.sharding.mesh
-  every = {**cases.sampler(run.config, found,
-                           found.sampler['num_slots']).cases,
-           **cases.trainer(run.config, found, mesh)}
-  return [case.function.lower(*case.arguments).as_text()
-          for case in every.values()]
 
 
 def _checkpoints(folder: pathlib.Path, stage: int) -> pathlib.Path:

@@ -199,6 +199,9 @@ def test_what_did_not_end_leaves_the_loss():
     ('importance_floor', -1.0, 'importance_floor -1.0'),
     ('dual_clip', 0.9, 'dual_clip 0.9.*such as 3'),
     ('dual_clip', float('nan'), 'dual_clip nan.*above 1'),
+    ('kl_cov_share', 1.5, 'kl_cov_share 1.5.*such as 0.0002'),
+    ('kl_cov_share', float('nan'), 'kl_cov_share nan.*share of the tokens'),
+    ('kl_cov_share', 0.1, 'kl_cov_share 0.1.*one update a batch'),
 ])
 def test_what_a_config_may_not_ask(key, value, match):
   config = importlib.import_module('configs.default').get_config()

@@ -20,7 +20,7 @@ from lapo_jax import grpo, ops, types
 from lapo_jax.models import qwen2
 
 MODEL = qwen2.Model(vocab_size=151936, width=128, num_layers=2, num_heads=4,
-                     num_kv_heads=2, mlp_width=384)
+                    num_kv_heads=2, mlp_width=384)
 _PROMPT = 32
 
 
