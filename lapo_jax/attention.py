@@ -30,6 +30,8 @@ _BACKENDS = ('xla', 'tpu', 'gpu')
 _MASKED = -1e30
 # Scores per row and head that the XLA form holds at a time: 1,024 slots whole.
 _SCORES = 1 << 20
+# Bands of queries that a whole row is cut into there, and their least slots.
+_BANDS, _BAND = 4, 64
 # Slots in a block of the TPU's kernels, and the lanes it is made of.
 _BLOCK, _LANES = 512, 128
 # Slots in a block of the GPU's kernels.
@@ -44,8 +46,10 @@ def causal(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B S K E'],
   Each key head serves H/K query heads. Segment 0 is padding: it sees and is
   seen by padding alone, so its outputs are finite, and mean nothing.
 
-  XLA: scores in float32, in blocks of queries that the backward pass computes
-  again, so that [B, H, S, S] is never held when S > 1,024.
+  XLA: scores in float32. Up to four bands of queries, each against the slots
+  up to its own last: five eighths of all pairs. What is more than 1,024 × 1,024
+  scores of a head goes in blocks that the backward pass computes again, so that
+  [B, H, S, S] is never held.
   TPU: splash attention, S padded to whole blocks of at most 512 slots. Needs
   bfloat16 or float32 and E ≤ 256.
   GPU: JAX's Pallas flash attention, S padded to whole blocks of 128 slots and
@@ -69,7 +73,7 @@ def causal(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B S K E'],
                    keys, values, padded, padded)[:, :segments.shape[1]]
   if backend == 'gpu' and _gpu_takes(queries.shape[-1], queries.dtype):
     return _flash(queries, keys, values, segments)
-  return _blocks(queries, keys, values, segments, segments)
+  return _bands(queries, keys, values, segments)
 
 
 @flax.struct.dataclass
@@ -250,7 +254,18 @@ def _names(axes):
   return axes if isinstance(axes, tuple) else (axes,) if axes else ()
 
 
-def _blocks(queries, keys, values, own, segments, start=0):
+def _bands(queries, keys, values, segments):
+  """Of whole rows: no band of queries meets the keys that follow it."""
+  slots = segments.shape[1]
+  count = min(max(slots // _BAND, 1), _BANDS)
+  ends = [slots * (i + 1) // count for i in range(count)]
+  return jnp.concatenate([
+      _blocks(queries[:, start:end], keys[:, :end], values[:, :end],
+              segments[:, start:end], segments[:, :end], start)
+      for start, end in zip([0, *ends], ends, strict=False)], axis=1)
+
+
+def _blocks(queries, keys, values, own, segments, start):
   """Of queries in slots `start` and on, whose segments are `own`."""
   batch, slots = own.shape
   heads_first = lambda x: x.transpose(0, 2, 1, 3)

@@ -216,7 +216,8 @@ def test_the_tpu_kernel_runs_on_a_mesh(interpreted):
 def test_rows_that_are_cut_hold_scores_of_their_own_queries_alone():
   whole = temporary_bytes(1024)
   assert whole > 2 * 1024 * 1024 * 4
-  assert temporary_bytes(1024, spread(sequence=8)) < whole / 6
+  # 128 of them beside bands of 256.
+  assert temporary_bytes(1024, spread(sequence=8)) < whole / 3
 
 
 def test_rows_that_the_devices_do_not_divide_are_told():

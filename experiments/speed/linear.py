@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How do the update's time and memory grow with the completion's length?
 
-  python -m experiments.speed.linear
+  python -m experiments.speed.linear [--model=r1]
 
-Model a, two rows of T slots, one at a time. Beside them the exponents p of
+Two rows of T slots, one at a time, through model a, or through two layers as
+wide as those of DeepSeek-R1-Distill-Qwen-1.5B. Beside them the exponents p of
 T^p, fitted to the logarithms; attention's products grow with T², the rest
 with T.
 """
@@ -23,22 +24,29 @@ from lapo_jax import types
 from lapo_jax.models import qwen2
 
 _ROWS = 2
+_MODELS = {
+    'a': steps.FIELDS,
+    'r1': dict(vocab_size=512, width=1536, num_layers=2, num_heads=12,
+               num_kv_heads=2, mlp_width=8960),
+}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--lengths', default='1024,2048,4096,8192')
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--model', choices=_MODELS, default='a')
   flags = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   lengths = [int(length) for length in flags.lengths.split(',')]
+  fields = _MODELS[flags.model]
   print(f'{datetime.date.today()}, jax {jax.__version__}\n')
   print('| T | seconds | temporary MB | GFLOP with weights | between slots |\n'
         '|---|---|---|---|---|')
   rows = []
   for length in lengths:
-    seconds, temporary = measure(length, flags.repeats)
-    work = steps.products(completion=length, rows=_ROWS)
+    seconds, temporary = measure(fields, length, flags.repeats)
+    work = steps.products(completion=length, rows=_ROWS, fields=fields)
     rows.append((seconds, temporary, *work.values()))
     print(f'| {length:,} | {seconds:.2f} | {temporary / 1e6:.0f} | ' +
           ' | '.join(f'{x / 1e9:.0f}' for x in work.values()) + ' |',
@@ -53,12 +61,13 @@ def exponent(lengths: Any, numbers: Any) -> float:
   return float(np.polyfit(np.log(lengths), np.log(numbers), 1)[0])
 
 
-def measure(length: int, repeats: int) -> tuple[float, int]:
+def measure(fields: dict[str, Any], length: int,
+            repeats: int) -> tuple[float, int]:
   """Median seconds of an update, and bytes beside arguments and results."""
-  model = qwen2.Model(**steps.FIELDS)
+  model = qwen2.Model(**fields)
   state = update_ours.make_state(jax.device_put(cases.make_params(model)))
   update = update_ours.make_update(model, 1)
-  batch = _batch(length)
+  batch = _batch(fields['vocab_size'], length)
   temporary = update.lower(state, batch).compile().memory_analysis(
       ).temp_size_in_bytes
   seconds = []
@@ -69,11 +78,11 @@ def measure(length: int, repeats: int) -> tuple[float, int]:
   return float(np.median(seconds[1:])), temporary
 
 
-def _batch(length: int) -> types.Batch:
+def _batch(vocab_size: int, length: int) -> types.Batch:
   """Random tokens, all trained on, from a policy as it stands."""
   rng = np.random.default_rng(0)
   draw = lambda slots: rng.integers(
-      0, steps.FIELDS['vocab_size'], (_ROWS, slots)).astype(np.int32)
+      0, vocab_size, (_ROWS, slots)).astype(np.int32)
   real = lambda slots: np.ones((_ROWS, slots), bool)
   return jax.device_put(types.Batch(
       rollout=types.Rollout(
