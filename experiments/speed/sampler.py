@@ -27,7 +27,9 @@ from lapo_jax import grpo, types
 from lapo_jax.models import qwen2
 
 _MOST_DIFFERENCE = 1e-4
-_PEERS = ('ours', 'bare', 'transformers', 'trl', 'tunix')
+_PEERS = ('ours', 'bare', 'reads', 'transformers', 'trl', 'tunix')
+# They sample nothing: what there is to compute, and to read.
+_FLOORS = ('bare', 'reads')
 # Our sampler under twice the cap, the lengths as they are.
 _DOUBLED = 'ours, cap doubled'
 
@@ -84,7 +86,7 @@ def measure(point: points.Point, names: list[str],
             f'experiments.speed.peers.{module}', folder, file)
       firsts, differences = {}, {}
       for name in peers:
-        file = '' if name == 'bare' else f'{folder}/compared.npz'
+        file = '' if name in _FLOORS else f'{folder}/compared.npz'
         firsts[name] = turns.run(peers, name, 0, file)
         if file:
           differences[name] = _difference(model, params, work, file)
