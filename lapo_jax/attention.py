@@ -47,8 +47,8 @@ def causal(queries: Float[Array, 'B S H E'], keys: Float[Array, 'B S K E'],
   seen by padding alone, so its outputs are finite, and mean nothing.
 
   XLA: scores in float32. Up to four bands of queries, each against the slots
-  up to its own last: five eighths of all pairs. What is more than 1,024 × 1,024
-  scores of a head goes in blocks that the backward pass computes again, so that
+  up to its own last: five eighths of all pairs. When S > 1,024 the backward
+  pass computes them again, in blocks of at most 1,024 × 1,024 a head, so that
   [B, H, S, S] is never held.
   TPU: splash attention, S padded to whole blocks of at most 512 slots. Needs
   bfloat16 or float32 and E ≤ 256.
@@ -261,12 +261,16 @@ def _bands(queries, keys, values, segments):
   ends = [slots * (i + 1) // count for i in range(count)]
   return jnp.concatenate([
       _blocks(queries[:, start:end], keys[:, :end], values[:, :end],
-              segments[:, start:end], segments[:, :end], start)
+              segments[:, start:end], segments[:, :end], start,
+              slots**2 > _SCORES)
       for start, end in zip([0, *ends], ends, strict=False)], axis=1)
 
 
-def _blocks(queries, keys, values, own, segments, start):
-  """Of queries in slots `start` and on, whose segments are `own`."""
+def _blocks(queries, keys, values, own, segments, start, again=False):
+  """Of queries in slots `start` and on, whose segments are `own`.
+
+  The backward pass computes scores `again` if asked, or if there are too many.
+  """
   batch, slots = own.shape
   heads_first = lambda x: x.transpose(0, 2, 1, 3)
   keys, values = heads_first(keys), heads_first(values)
@@ -279,12 +283,14 @@ def _blocks(queries, keys, values, own, segments, start):
     return _attend(own, keys, values, seen[None] & same)
 
   count = -(-slots * segments.shape[1] // _SCORES)
+  if again or count > 1:
+    attend = jax.checkpoint(attend)
   if count == 1:
     return attend((queries, own, start + jnp.arange(slots)))
   size = -(-slots // count)
   split = lambda x: _pad_slots(x, count * size).reshape(
       batch, count, size, *x.shape[2:]).swapaxes(0, 1)
-  mixed = jax.lax.map(jax.checkpoint(attend), (
+  mixed = jax.lax.map(attend, (
       split(queries), split(own),
       start + jnp.arange(count * size).reshape(count, size)))
   return mixed.swapaxes(0, 1).reshape(
