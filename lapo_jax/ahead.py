@@ -194,7 +194,8 @@ def _floor(config: ml_collections.ConfigDict, model: Any,
            mean_length: int, chip: costs.Chip) -> dict[str, Any]:
   """The least time of a step, verb by verb, and what that allows."""
   rollout, sampler = config.rollout, found.sampler['model']
-  passes = int(cases.off_policy(config)) + int(config.loss.kl_coef > 0)
+  passes = (int(checks.updates_per_batch(config) > 1) +
+            int(config.loss.kl_coef > 0))
   work = costs.step_work(model, costs.Shape(
       prompts=rollout.num_prompts, group_size=rollout.group_size,
       prompt_length=rollout.max_prompt_length, mean_length=mean_length,

@@ -270,6 +270,7 @@ def _blocks(queries, keys, values, own, segments, start, again=False):
   """Of queries in slots `start` and on, whose segments are `own`.
 
   The backward pass computes scores `again` if asked, or if there are too many.
+  Then it goes block by block: XLA would hold those of all bands side by side.
   """
   batch, slots = own.shape
   heads_first = lambda x: x.transpose(0, 2, 1, 3)
@@ -282,15 +283,13 @@ def _blocks(queries, keys, values, own, segments, start, again=False):
     same = own_segments[:, :, None] == segments[:, None, :]
     return _attend(own, keys, values, seen[None] & same)
 
-  count = -(-slots * segments.shape[1] // _SCORES)
-  if again or count > 1:
-    attend = jax.checkpoint(attend)
+  count = max(-(-slots * segments.shape[1] // _SCORES), 2 if again else 1)
   if count == 1:
     return attend((queries, own, start + jnp.arange(slots)))
   size = -(-slots // count)
   split = lambda x: _pad_slots(x, count * size).reshape(
       batch, count, size, *x.shape[2:]).swapaxes(0, 1)
-  mixed = jax.lax.map(attend, (
+  mixed = jax.lax.map(jax.checkpoint(attend), (
       split(queries), split(own),
       start + jnp.arange(count * size).reshape(count, size)))
   return mixed.swapaxes(0, 1).reshape(

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from lapo_jax import checks, sampling, sharding, slots, types
 from lapo_jax import programs as programs_lib
-from lapo_jax import sampling, sharding, slots, types
 
 
 class Case(NamedTuple):
@@ -144,16 +144,17 @@ def trainer(config: ml_collections.ConfigDict, found: programs_lib.Programs,
       (rollout.num_prompts, rollout.group_size), jnp.float32)
   kept, state = reference(config, found), found.state_shapes
   compared = config.loss.kl_coef > 0
+  off_policy = checks.updates_per_batch(config) > 1
   whole = jax.eval_shape(lambda *args: found.make_batch(*args, cap), samples,
                          advantages)
   whole = _placed(whole.replace(
-      old_logprobs=whole.weights if off_policy(config) else None,
+      old_logprobs=whole.weights if off_policy else None,
       ref_logprobs=whole.weights if compared else None), batch)
   part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       (x.shape[0] // config.updates.num_minibatches, *x.shape[1:]), x.dtype,
       sharding=batch), whole)
   cases = {'update': Case(found.update, (state, part), (kept, whole))}
-  if off_policy(config) or compared:
+  if off_policy or compared:
     # One program for both policies, which is given one of them.
     other = state.params if compared else ()
     cases['score'] = Case(found.score, (state.params, whole.rollout),
@@ -168,11 +169,6 @@ def lowered(config: ml_collections.ConfigDict, found: programs_lib.Programs,
            **trainer(config, found, mesh)}
   return [case.function.lower(*case.arguments).as_text()
           for case in every.values()]
-
-
-def off_policy(config: ml_collections.ConfigDict) -> bool:
-  """Whether the policy that learns moves away from the one that sampled."""
-  return config.updates.num_epochs * config.updates.num_minibatches > 1
 
 
 def reference(config: ml_collections.ConfigDict,

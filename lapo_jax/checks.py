@@ -18,6 +18,14 @@ from lapo_jax import advantages, losses, ratios, types
 from lapo_jax.models import _decoder
 
 
+def updates_per_batch(config: ml_collections.ConfigDict) -> int:
+  """How many updates learn from one batch.
+
+  With one the policy that samples is the policy that learns: no ratio leaves 1.
+  """
+  return config.updates.num_epochs * config.updates.num_minibatches
+
+
 def choices(config: ml_collections.ConfigDict) -> None:
   """Checks words and numbers that otherwise only a program would read."""
   for key, legal in (('advantage.baseline', advantages.BASELINES),
@@ -71,7 +79,7 @@ def choices(config: ml_collections.ConfigDict) -> None:
   if not 0 <= share <= 1:
     raise ValueError(f'loss.kl_cov_share {share}: expected a share of the '
                      'tokens, such as 0.0002, or 0 for none.')
-  if share and config.updates.num_epochs * config.updates.num_minibatches == 1:
+  if share and updates_per_batch(config) == 1:
     raise ValueError(
         f'loss.kl_cov_share {share}: with one update a batch the policy has '
         'not moved and nothing is paid; expected more of '

@@ -167,8 +167,7 @@ def make_optimizer(
     config: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """AdamW; warm-up, then a cosine down to a share of the learning rate."""
   settings = config.optimizer
-  updates = (config.total_steps * config.updates.num_epochs *
-             config.updates.num_minibatches)
+  updates = config.total_steps * checks.updates_per_batch(config)
   warmup = max(1, round(settings.warmup_share * updates))
   # Not from 0: the first update of a stage counts too. A stage of one update
   # has a warm-up and nothing to decay.

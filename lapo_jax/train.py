@@ -22,6 +22,7 @@ import numpy as np
 from lapo_jax import advantages as advantages_lib
 from lapo_jax import (
     build,
+    checks,
     groups,
     grpo,
     hosts,
@@ -57,8 +58,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
     Stopped: one of several hosts was sent SIGTERM.
   """
   config = run.config
-  # With one update a batch the policy that samples is the policy that learns.
-  on_policy = config.updates.num_epochs * config.updates.num_minibatches == 1
+  on_policy = checks.updates_per_batch(config) == 1
   apply_reward = jax.jit(run.reward.apply)
   first_step = int(state.step)
   bar = wording.progress(last_step, first_step, run.name)

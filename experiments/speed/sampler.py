@@ -107,7 +107,8 @@ def table(point: str, found: dict[str, Any]) -> str:
   """Markdown: medians, and of ratios the median over repeats."""
   lines = ['| point | sampler | tokens/s | ours is faster by | the bare '
            'products are | compiling s | log-probs differ by | busy slots | '
-           'cache MB |', '|---|---|---|---|---|---|---|---|---|']
+           'until the queue is empty | cache MB |',
+           '|---|---|---|---|---|---|---|---|---|---|']
   seconds = turns.all_seconds(found)
   for name, taken in seconds.items():
     entry = found[name.partition(':')[0]]
@@ -124,6 +125,7 @@ def table(point: str, found: dict[str, Any]) -> str:
              '.1f'),
         cell(entry['difference'] if whole else None, '.0e'),
         cell(facts.get('occupancy'), '.2f'),
+        cell(facts.get('queued_occupancy'), '.2f'),
         cell(facts.get('cache_bytes') and facts['cache_bytes'] / 1e6, '.0f')]
     lines.append(f'| {point} | {name.replace(":", ", ")} | '
                  f'{" | ".join(cells)} |')

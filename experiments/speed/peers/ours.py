@@ -36,10 +36,14 @@ class Peer:
         budgets=self._work.lengths, watch=seen.append))
     # The number of slots may shrink: each look counts the steps before it.
     steps = np.diff([0, *(progress.steps for progress in seen)])
-    offered = sum(steps * [progress.num_slots for progress in seen])
-    return {'rollout': rollout, 'facts': {
-        'occupancy': float(seen[-1].busy / offered),
-        'cache_bytes': max(progress.cache_bytes for progress in seen)}}
+    offered = np.cumsum(steps * [progress.num_slots for progress in seen])
+    facts = {'occupancy': float(seen[-1].busy / offered[-1]),
+             'cache_bytes': max(progress.cache_bytes for progress in seen)}
+    queued = [i for i, progress in enumerate(seen) if progress.waiting]
+    if queued:
+      last = queued[-1]
+      facts['queued_occupancy'] = float(seen[last].busy / offered[last])
+    return {'rollout': rollout, 'facts': facts}
 
   def compared(self, result: dict[str, Any]) -> dict[str, np.ndarray]:
     """What it sampled."""
