@@ -4,9 +4,9 @@
   python -m lapo_jax.main --mode=eval --config=configs/benchmarks.py \
     --config.model.path=<folder> --config.data=<folder> --workdir=runs/eval
 
-One GPU of 80 GB holds 32 completions of a 1.5B model at the cap; more devices
-take as many more (`--config.batch_size`, problems sampled together). The
-whole protocol is 6,940 completions; its time has not been measured by us.
+Problems are sampled `batch_size` at a time, in as many decode slots as memory
+holds at the cap: a slot whose completion ends takes the next. The whole
+protocol is 6,932 completions; its time has not been measured by us.
 
 The argument picks benchmarks, `configs/benchmarks.py:aime24,amc23`, and the
 model's family, `:model=qwen3`. `--config.base_run=runs/base` compares with
@@ -68,8 +68,13 @@ def get_config(argument=''):
   config.temperature = 0.6  # 0 is greedy
   config.top_p = 0.95  # 1 = all tokens
   config.top_k = 0  # 0 = all tokens
-  config.batch_size = 8  # problems sampled together
-  config.group_size = 4  # of each of them, completions at once, at most
+  config.batch_size = 64  # problems sampled together
+  config.group_size = 4  # of each of them, completions together, at most
+  # Completions that are decoded at once, on all devices together; 0 = as many
+  # as `cache_share` of each device's memory holds at full length.
+  config.num_slots = 0
+  config.cache_share = 0.5
+  config.cache_dtype = ''  # of keys and values; '' = the model's | 'int8'
   config.grader = ml_collections.ConfigDict({
       'num_workers': 1,
       'deadline': 5.0,  # seconds a completion

@@ -54,7 +54,7 @@ def get_config(argument=''):
   config.loss.update(clip_low=0.2, clip_high=0.2, kl_coef=1e-4,
                      aggregate='sequence')
   config.advantage.update(baseline='mean', scale='group', eps=1e-9)
-  config.eval.update(num_samples=1, batch_size=64, temperature=0.6,
+  config.eval.update(num_samples=1, batch_size=512, temperature=0.6,
                      num_examples=500)
   config.eval_every = 39  # half a pass over the problems
   config.checkpoint_every = 13

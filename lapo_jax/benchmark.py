@@ -25,9 +25,11 @@ import numpy as np
 from lapo_jax import (
     build,
     eval_folder,
+    hosts,
     keywords,
     metrics,
     plugins,
+    programs,
     protocol,
     rollout,
     sampling,
@@ -45,7 +47,8 @@ from lapo_jax.models import _folders
 _PROMPT_SLOTS = 256
 # Keys in which a resumed evaluation may differ: they decide no completion,
 # `data` because the problems themselves are compared.
-_FREE_KEYS = ('mesh', 'grader', 'batch_size', 'group_size', 'base_run', 'data')
+_FREE_KEYS = ('mesh', 'grader', 'batch_size', 'group_size', 'num_slots',
+              'cache_share', 'base_run', 'data')
 # Of the scores, those that a stated budget may move.
 _MOVED = ('problems', 'completions', 'pass_at_1', 'standard_error',
           'mean_tokens', 'truncated')
@@ -91,6 +94,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
   Raises:
     ValueError: as `benchmark`.
   """
+  hosts.compare_start(config.to_json(sort_keys=True))
   mesh = sharding.make_mesh(**config.mesh)
   _check(config, sharding.batch_devices(mesh))
   # Model and text.
@@ -122,7 +126,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
       sample=sampling.make_sample_fn(
           model, group_size=group_size, eos_ids=tokenizer.eos_ids,
           max_completion_length=config.max_completion_length,
-          pad_id=tokenizer.pad_id, shardings=(param_places, places, rows)),
+          num_slots=programs.num_slots(
+              config, model, mesh, cap=config.max_completion_length,
+              asked=config.batch_size * group_size),
+          cache_dtype=config.cache_dtype, pad_id=tokenizer.pad_id,
+          shardings=(param_places, places, rows)),
       load_params=lambda: family.load(config.model.path, model, param_places),
       problems={p.name: p.fingerprint() for p in passes if not p.budget},
       base=None)

@@ -177,11 +177,12 @@ def _forcing(
           'first', 'first_share', 'end', 'wait', 'least', 'most'))
   if not (first or least or most):
     return None, None
-  cap, size = config.rollout.max_completion_length, config.rollout.group_size
+  size = config.rollout.group_size
   member = np.arange(config.rollout.num_prompts * size) % size
   limits = forcing.Limits(
       first=(np.where(member < share * size, tokenizer.token(first), -1)
-             if first else -1), least=least, most=most or cap)
+             if first else -1),
+      least=least, most=most or np.iinfo(np.int32).max)
   return forcing.Words(tokenizer.token(end), tokenizer.token(wait)), limits
 
 

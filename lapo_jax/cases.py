@@ -71,8 +71,11 @@ def sampler(config: ml_collections.ConfigDict, found: programs_lib.Programs,
       lambda x: jax.ShapeDtypeStruct((math.prod(x.shape[:2]), *x.shape[2:]),
                                      jnp.int32), numbers), batch)
   key = jax.eval_shape(lambda: jax.random.key(0))
+  numbers = [jax.ShapeDtypeStruct(
+      (config.rollout.num_prompts * group_size,), dtype) for dtype in (
+          jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
   tokens, job, kind, _ = jax.eval_shape(
-      programs.begin, _prompts(config, prompt_places), key, 1.0, 1.0, 0, cap)
+      programs.begin, _prompts(config, prompt_places), key, *numbers)
   tokens, job = _placed((tokens, job), batch)
   kind = _placed(kind, sharding.replicated(batch.mesh))
 

@@ -7,6 +7,7 @@ what to change.
 
 import collections
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -60,6 +61,14 @@ def choices(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'rollout.cap_cycle is {cycle.least} tokens and {cycle.steps} steps: '
         f'expected at most max_completion_length, {most}, and some steps.')
+  for name, value in (('rollout.temperature', config.rollout.temperature),
+                      ('eval.temperature', config.eval.temperature)):
+    if not 0 <= value < math.inf:
+      raise ValueError(f'{name} {value}: expected a positive number, or 0 for '
+                       'greedy.')
+  if config.eval.num_examples < 1:
+    raise ValueError(f'eval.num_examples {config.eval.num_examples}: expected '
+                     'at least 1 held-out problem.')
   if config.rollout.refill_rounds < 0:
     raise ValueError(f'rollout.refill_rounds {config.rollout.refill_rounds}: '
                      'expected a number of rounds, 0 for none.')

@@ -23,8 +23,10 @@ from lapo_jax import losses, objective, ops, types
 
 # A token counts as outside where π_old / π_sampler leaves these bounds.
 _RATIO_BOUNDS = (0.8, 1.25)
-# Averages over tokens, each counting the same; others are loss-weighted.
-_PER_TOKEN = ('policy/sampler_ratio_mean', 'policy/sampler_ratio_outside')
+# Averages over tokens, each counting the same, whatever the loss weighs.
+_PER_TOKEN = ('policy/entropy', 'policy/clip_fraction', 'policy/kl',
+              'policy/sampler_kl', 'policy/sampler_ratio_mean',
+              'policy/sampler_ratio_outside')
 
 
 def make_batch_fn(aggregate: str, shardings: Any = None, *,
@@ -42,18 +44,19 @@ def make_batch_fn(aggregate: str, shardings: Any = None, *,
 
   Returns:
     The function. It cuts the completions to `slots` slots, a Python int; what
-    is cut must be padding. Tokens where `trained`, bool [B, T], is false are
-    counted and weigh nothing; None = all are trained on.
+    is cut must be padding. Tokens where `trained`, bool [B, T], is false have
+    advantage 0, and weigh what they would; None = all are trained on.
   """
 
   def make_batch(rollout, advantages, slots, trained=None):
     # Before the cut: 'constant' divides by the cap.
     keep = _has_ended(rollout, eos_ids) if drop_truncated else None
     weights = losses.token_weights(rollout.action_mask, aggregate, keep)
+    advantages = ops.to_batch(advantages)
     if trained is not None:
-      weights = jnp.where(trained, weights, 0.0)
+      advantages = jnp.where(trained, advantages[:, None], 0.0)
     return _crop(types.Batch(
-        rollout=rollout, advantages=ops.to_batch(advantages),
+        rollout=rollout, advantages=advantages,
         old_logprobs=None, ref_logprobs=None, weights=weights), slots)
 
   return jax.jit(make_batch, static_argnums=2, out_shardings=shardings)
@@ -125,9 +128,10 @@ def make_update_fn(
     **loss: settings of `objective.make_objective_fn`.
 
   Returns:
-    The update. Its metrics are float32 []: update/{loss, grad_norm},
-    policy/{entropy, clip_fraction, kl, sampler_kl}, entropy in nats a token,
-    and over the trained tokens, whose number is update/tokens, int32 []:
+    The update. Its metrics are float32 []: update/{loss, grad_norm}; and over
+    the tokens that the policy chose, whose number is update/tokens, int32 [],
+    each counting the same whatever the loss weighs: policy/{entropy,
+    clip_fraction, kl, sampler_kl}, in nats a token but the second, and
     policy/sampler_ratio_{mean, max, outside} of π_old / π_sampler, the last
     the share of tokens outside [0.8, 1.25]. `merge` joins several updates'.
   """
@@ -142,15 +146,16 @@ def make_update_fn(
     if old_logprobs is None:
       old_logprobs = jax.lax.stop_gradient(logprobs)
     per_token, found = per_token_fn(logprobs, part, covarying)
-    average = lambda x: jnp.sum(part.weights * x)
+    value = jnp.sum(part.weights * per_token)
+    summed = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
     sampler_logprobs = part.rollout.sampler_logprobs
     sampler_kl = losses.k3_kl(sampler_logprobs, old_logprobs, mask)
     ratio_sums, ratio_max = _ratios(old_logprobs, sampler_logprobs, mask)
-    return average(per_token), ({
-        'update/loss': average(per_token),
-        'policy/entropy': average(entropies),
-        **jax.tree.map(average, found),
-        'policy/sampler_kl': average(sampler_kl),
+    return value, ({
+        'update/loss': value,
+        'policy/entropy': summed(entropies),
+        **jax.tree.map(summed, found),
+        'policy/sampler_kl': summed(sampler_kl),
         **ratio_sums,
     }, ratio_max)
 
@@ -208,8 +213,8 @@ def make_update_fn(
 def merge(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """The metrics of a step from those of its updates, without update/tokens.
 
-  Means over the updates; of policy/sampler_ratio_* the maximum, or what the
-  tokens of all updates have together, however many each update trained.
+  Means over the updates; of policy/* the maximum, or what the tokens of all
+  updates have together, however many each update has.
   """
   updates = jax.device_get(list(updates))
   columns = {name: np.array([found[name] for found in updates], np.float64)
@@ -300,8 +305,9 @@ def _ratios(
 def _crop(batch: types.Batch, slots: int) -> types.Batch:
   """The batch with `slots` completion slots."""
   cut = lambda x: None if x is None else x[:, :slots]
-  rollout = batch.rollout
+  rollout, advantages = batch.rollout, batch.advantages
   return batch.replace(
+      advantages=cut(advantages) if advantages.ndim == 2 else advantages,
       old_logprobs=cut(batch.old_logprobs),
       ref_logprobs=cut(batch.ref_logprobs), weights=cut(batch.weights),
       rollout=rollout.replace(

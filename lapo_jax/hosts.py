@@ -147,6 +147,19 @@ def compare(facts: Mapping[str, Any]) -> None:
           'host must run the same code with the same config on the same data.')
 
 
+def compare_start(config: str) -> None:
+  """Checks that every host runs the same code with the same config, a text.
+
+  Before anything is built: hosts that differ would ask one another for
+  different things.
+
+  Raises:
+    ValueError: as `compare`.
+  """
+  if jax.process_count() > 1:
+    compare({**software(), 'config': config})
+
+
 def software() -> dict[str, Any]:
   """What this host runs: versions, switches, and a digest of the package."""
   digest = hashlib.sha256()

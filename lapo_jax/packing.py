@@ -171,7 +171,9 @@ def _pack(num_rows, num_slots, batch, rows, starts, numbers):
           action_mask=lay_completions(rollout.action_mask),
           sampler_logprobs=lay_completions(rollout.sampler_logprobs),
           segments=segments),
-      advantages=lay(spread(batch.advantages))[:, 1:],
+      advantages=(lay_completions(batch.advantages)
+                  if batch.advantages.ndim == 2 else
+                  lay(spread(batch.advantages))[:, 1:]),
       old_logprobs=lay_completions(batch.old_logprobs),
       ref_logprobs=lay_completions(batch.ref_logprobs),
       weights=lay_completions(batch.weights))

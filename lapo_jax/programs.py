@@ -116,14 +116,18 @@ def make(config: ml_collections.ConfigDict, model: Any,
 
   # The programs; XLA compiles each when its first shapes arrive.
   sampler_shardings = sharding.for_sampling(load_places)
-  sampler_model = model.clone(
-      dtype=jnp.dtype(config.rollout.dtype or model.dtype))
+  rollout = config.rollout
+  sampler_model = model.clone(dtype=jnp.dtype(rollout.dtype or model.dtype))
   sampler = {
       'model': sampler_model, 'eos_ids': eos_ids, 'pad_id': pad_id,
-      'num_slots': _num_slots(config, sampler_model, mesh, memory),
-      'cache_dtype': config.rollout.cache_dtype,
+      'num_slots': num_slots(
+          rollout, sampler_model, mesh, memory=memory,
+          cap=max(rollout.max_completion_length,
+                  config.eval.max_completion_length),
+          asked=rollout.num_prompts * rollout.group_size),
+      'cache_dtype': rollout.cache_dtype,
       'backend': _backend(mesh),
-      'max_completion_length': config.rollout.max_completion_length,
+      'max_completion_length': rollout.max_completion_length,
       'shardings': (sampler_shardings, prompt_places(mesh),
                     sharding.sampling_batch(mesh))}
   # Weights as the sampler reads them, once for all its steps.
@@ -131,7 +135,7 @@ def make(config: ml_collections.ConfigDict, model: Any,
                              if stacking.is_stacked(params) else params)
   to_sampler = lambda params: jax.tree.map(
       lambda x: x.astype(sampler_model.dtype), by_layer(params))
-  forward = {'temperature': config.rollout.temperature,
+  forward = {'temperature': rollout.temperature,
              'microbatch_size': config.updates.microbatch_size}
   loss = {key: config.loss[key] for key in config.loss}
   make_batch = grpo.make_batch_fn(
@@ -194,22 +198,33 @@ def _backend(mesh: jax.sharding.Mesh) -> str:
   return platform if platform in ('tpu', 'gpu') else 'xla'
 
 
-def _num_slots(config: ml_collections.ConfigDict, model: Any,
-               mesh: jax.sharding.Mesh, memory: int | None) -> int:
-  """Decode slots on all devices: as asked, or what memory holds."""
-  settings = config.rollout
+def num_slots(settings: ml_collections.ConfigDict, model: Any,
+              mesh: jax.sharding.Mesh, *, cap: int, asked: int,
+              memory: int | None = None) -> int:
+  """Decode slots on all devices: as configured, or what memory holds.
+
+  Args:
+    settings: with num_slots, cache_share, cache_dtype and max_prompt_length.
+    model: a model family's module, in the sampler's dtype.
+    mesh: of the devices.
+    cap: tokens that a completion may have.
+    asked: completions that there are, for the log.
+    memory: bytes of a device, None = what it has.
+  """
   if settings.num_slots:
     return settings.num_slots
   # Hosts differ a little in what they have.
   memory = memory or min(hosts.gather(sharding.device_memory(mesh)))
-  fits = mesh.size * sampling.slots_that_fit(
+  # A tensor axis cuts the cache by its heads, or not at all.
+  cut, kv_heads = mesh.shape['tensor'], model.cache_shape()[1]
+  shards = mesh.size // (1 if kv_heads % cut == 0 else cut)
+  fits = shards * sampling.slots_that_fit(
       model, cache_dtype=settings.cache_dtype,
-      max_completion_length=settings.max_completion_length,
+      max_completion_length=cap,
       max_prompt_length=settings.max_prompt_length,
       memory=int(settings.cache_share * memory))
-  asked = settings.num_prompts * settings.group_size
   logging.info(
-      'rollout.num_slots: %d of %d completions are decoded at once; %d fit '
+      'num_slots: %d of %d completions are decoded at once; %d fit '
       'into %.2g of the %.3g GB of each of %d devices.', min(fits, asked),
       asked, fits, settings.cache_share, memory / 1e9, mesh.size)
   return fits

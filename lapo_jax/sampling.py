@@ -44,6 +44,8 @@ from lapo_jax import (
 PAGE = 64
 # Prompt tokens that are prefilled in one call, about.
 PREFILL_TOKENS = 4096
+# Fields of the state that make a `types.Rollout`.
+_RESULTS = ('tokens', 'lengths', 'logprobs', 'forced')
 
 
 class Progress(NamedTuple):
@@ -117,12 +119,13 @@ def make_sample_fn(
 
   Returns:
     The sampler. `temperature` (0 is greedy), `top_p` (default 1), `top_k`
-    (default 0 = all) and `budgets` (tokens at most, default T) are numbers or
-    arrays [B], traced, see `draws.How`. `key` is one for all completions, or
-    an array of B keys. The log-probs are those of softmax(logits /
-    temperature), of softmax(logits) when greedy, never of a truncated
-    distribution. An empty prompt reads as its last slot, the pad token.
-    `watch` is called with a `Progress` whenever the host has looked in.
+    (default 0 = all) and `budgets` (tokens at most, at least 1, default T) are
+    numbers or arrays [B], traced, see `draws.How`: other numbers compile
+    nothing, but for the sizes that lengths ask for (`slots.size`). `key` is
+    one for all completions, or an array of B keys. The log-probs are those of
+    softmax(logits / temperature), of softmax(logits) when greedy, never of a
+    truncated distribution. An empty prompt reads as its last slot, the pad
+    token. `watch` is called with a `Progress` whenever the host has looked in.
     `forced`, `forcing.Limits` of numbers or [B], goes with `forced_words`.
   """
   cap = max_completion_length
@@ -139,9 +142,14 @@ def make_sample_fn(
              forced: forcing.Limits | None = None) -> types.Rollout:
     num_rows = prompts.tokens.shape[0] * group_size // shards
     most = min(-(-(num_slots or num_rows * shards) // shards), num_rows)
+    # One number for all compiles what one for each does.
+    each = lambda x, dtype: np.broadcast_to(np.asarray(x, dtype),
+                                            num_rows * shards)
     prompts, job, kind, lengths = programs.begin(
-        prompts, key, temperature, top_p, top_k,
-        cap if budgets is None else budgets, forced)
+        prompts, key, each(temperature, np.float32), each(top_p, np.float32),
+        each(top_k, np.int32),
+        each(cap if budgets is None else budgets, np.int32),
+        jax.tree.map(lambda x: each(x, np.int32), forced))
     lengths = np.asarray(lengths).reshape(shards, -1)
     pages = slots.make_store(lengths, PAGE)
     view = slots.first_view(shards, most, num_rows)
@@ -191,7 +199,8 @@ def make_sample_fn(
       layout = None if done else slots.layout(view, num_rows, PAGE)
       if layout is not None:
         state = programs.relay(place(layout), state)
-    return programs.end(prompts, state)
+    # Not its pages: their number would make a program of each.
+    return programs.end(prompts, *(getattr(state, name) for name in _RESULTS))
 
   return sample
 
@@ -289,14 +298,11 @@ def make_programs(
     mask = prompts.mask | (last & ~jnp.any(prompts.mask, 1, keepdims=True))
     keys = key if key.ndim else jax.vmap(
         lambda b: jax.random.fold_in(key, b))(jnp.arange(rows))
-    each = lambda x, dtype: jnp.broadcast_to(jnp.asarray(x, dtype), (rows,))
-    how = draws.How(each(temperature, jnp.float32), each(top_p, jnp.float32),
-                    each(top_k, jnp.int32))
+    how = draws.How(temperature, top_p, top_k)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
     job = decoding.Job(jax.random.key_data(keys), how,
-                       jnp.clip(each(budgets, jnp.int32), 1, cap), lengths,
-                       jnp.zeros((num_prompts, 0), jnp.int32),
-                       jax.tree.map(lambda x: each(x, jnp.int32), forced))
+                       jnp.clip(budgets, 1, cap), lengths,
+                       jnp.zeros((num_prompts, 0), jnp.int32), forced)
     return (prompts.tokens, mask), job, how.kind(), lengths
 
   def first_store(params, prompts, num_pages):
@@ -326,14 +332,14 @@ def make_programs(
         forced=jnp.zeros((num_rows, cap if forced_words else 0), bool),
         lengths=zeros(num_rows), counts=zeros(shards, 2))
 
-  def end(prompts, state):
-    mask = jnp.arange(cap)[None] < state.lengths[:, None]
+  def end(prompts, tokens, lengths, logprobs, forced):
+    mask = jnp.arange(cap)[None] < lengths[:, None]
     widen = lambda x: jnp.repeat(x, group_size, axis=0)
     return types.Rollout(
         prompt_tokens=widen(prompts[0]), prompt_mask=widen(prompts[1]),
-        completion_tokens=state.tokens, completion_mask=mask,
-        action_mask=mask & ~state.forced if forced_words else mask,
-        sampler_logprobs=state.logprobs)
+        completion_tokens=tokens, completion_mask=mask,
+        action_mask=mask & ~forced if forced_words else mask,
+        sampler_logprobs=logprobs)
 
   held = spread(functools.partial(decoding.held, setup), 'cc')
   return Programs(

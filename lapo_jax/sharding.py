@@ -12,8 +12,10 @@ is one more batch axis: a step has one token a row.
 """
 
 from collections.abc import Sequence
+import contextlib
 import math
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -24,6 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
+# Bytes that a container may have, with version 2 of cgroups.
+_CONTAINER = pathlib.Path('/sys/fs/cgroup/memory.max')
 _BATCH_AXES = ('data', 'fsdp')
 _SAMPLING_AXES = (*_BATCH_AXES, 'sequence')
 
@@ -148,15 +152,17 @@ def sampling_devices(mesh: Mesh) -> int:
 def device_memory(mesh: Mesh) -> int:
   """Bytes of memory that each of the mesh's devices has, the least of them.
 
-  A CPU's devices share the host's.
+  A CPU's devices share the host's, or what its container may have of it.
   """
   devices = [d for d in mesh.devices.flat if d.process_index ==
              jax.process_index()]
   stats = [d.memory_stats() for d in devices]
   if all(s and 'bytes_limit' in s for s in stats):
     return min(s['bytes_limit'] for s in stats)
-  return (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') //
-          len(devices))
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  with contextlib.suppress(OSError, ValueError):  # no such file, or 'max'
+    memory = min(memory, int(_CONTAINER.read_text()))
+  return memory // len(devices)
 
 
 def to_global(tree: Any, shardings: Any) -> Any:

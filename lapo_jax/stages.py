@@ -21,12 +21,15 @@ import numpy as np
 from lapo_jax import build, checkpoint, hosts, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
 
-# Keys in which a resumed run may differ: they change no number it computes.
-_FREE_KEYS = ('mesh', 'grader', 'log_every', 'samples_every', 'eval_every',
-              'checkpoint_every')
+# Keys in which a resumed run may differ: they change no number it computes,
+# those that follow the devices none but by rounding.
+_FREE_KEYS = ('mesh', 'updates.microbatch_size', 'updates.remat',
+              'updates.offload_reference', 'rollout.num_slots',
+              'rollout.cache_share', 'rollout.grade_ahead', 'grader',
+              'log_every', 'samples_every', 'eval_every', 'checkpoint_every')
 
 
-def agree(config: ml_collections.ConfigDict, runs: list[build.Run]) -> None:
+def agree(runs: list[build.Run]) -> None:
   """Checks that every host is about to run the same programs on the same data.
 
   The programs are those that sample, score and update, lowered for the
@@ -37,8 +40,7 @@ def agree(config: ml_collections.ConfigDict, runs: list[build.Run]) -> None:
   """
   if jax.process_count() == 1:
     return
-  facts = {**hosts.software(), 'config': json.loads(config.to_json()),
-           'data': {run.name: run.manifest for run in runs}}
+  facts = {'data': {run.name: run.manifest for run in runs}}
   for run in runs:
     facts[f'programs of stage {run.name!r}'] = run.lowered()
   hosts.compare(facts)

@@ -155,9 +155,10 @@ def prepare(config: ml_collections.ConfigDict,
   Raises:
     ValueError: as `train_and_evaluate`.
   """
+  hosts.compare_start(config.to_json(sort_keys=True))
   runs = hosts.in_step(lambda: [
       build.build(name, stage) for name, stage in build.stage_configs(config)])
-  stages.agree(config, runs)
+  stages.agree(runs)
   stages.claim(pathlib.Path(workdir), config, runs)
   return runs
 
@@ -219,6 +220,8 @@ def _samples(graded: rollout.Graded, examples: list[types.Example],
   """Rows of the samples table: completions from all over the batch."""
   totals, lengths = np.ravel(rewards.total), np.ravel(graded.outcomes.lengths)
   group_size = len(totals) // len(examples)
+  if not len(graded.rows):  # all of its prompts were drawn again elsewhere
+    return []
   picks = np.linspace(0, len(graded.rows) - 1, count).astype(int)
   return [{
       'prompt': (examples[b // group_size].question +

@@ -145,7 +145,8 @@ class Batch:
 
   Attributes:
     rollout: Rollout.
-    advantages: float32 [B], or [B, T] of rows that hold several completions.
+    advantages: float32 [B]; [B, T] of rows that hold several completions or
+      tokens that are not trained on.
     old_logprobs: float32 [B, T], of the policy at the start of the step.
     ref_logprobs: float32 [B, T] of the reference policy, None without KL.
     weights: float32 [B, T], token weights, see `losses.token_weights`.

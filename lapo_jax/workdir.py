@@ -19,7 +19,7 @@ def claim(folder: pathlib.Path, contents: Mapping[str, Any],
   Args:
     folder: made if missing.
     contents: what decides the run's numbers, JSON values by file name.
-    free_keys: sections in which a run that goes on may differ.
+    free_keys: dotted keys, or sections, in which a run that goes on may differ.
 
   Raises:
     ValueError: it holds another run, named by what differs, and nothing is
@@ -36,7 +36,7 @@ def claim(folder: pathlib.Path, contents: Mapping[str, Any],
 
 def _claim(folder: pathlib.Path, contents: Mapping[str, Any],
            free_keys: Sequence[str]) -> None:
-  missing = []
+  missing, free = [], tuple(f'{key}.' for key in free_keys)
   for name in contents:
     file = folder / name
     if not file.exists():
@@ -52,7 +52,7 @@ def _claim(folder: pathlib.Path, contents: Mapping[str, Any],
     changed = [f'{key}: got {_short(mine.get(key))}, the folder\'s run has '
                f'{_short(theirs.get(key))}'
                for key in sorted({**mine, **theirs})
-               if key.partition('.')[0] not in free_keys
+               if not f'{key}.'.startswith(free)
                and mine.get(key) != theirs.get(key)]
     if changed:
       more = (f'; and {len(changed) - _NAMED} more'

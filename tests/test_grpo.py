@@ -445,16 +445,17 @@ def test_value_and_gradient_of_the_logits_are_torchs(cap):
   average = lambda x: ((x * mask).sum(-1) / mask.sum(-1)).mean()
   loss = average(surrogate + 0.1 * kl)
   loss.backward()
-  entropy = average(-(logprobs.exp() * logprobs).sum(-1))
+  entropy = -(logprobs.exp() * logprobs).sum(-1)
   is_clipped = (((advantages > 0) & (ratio > 1.28)) |
                 ((advantages < 0) & (ratio < 0.8)))
   assert 0.05 < is_clipped.float().mean() < 0.6
   outside = ((gap < 0.8) | (gap > 1.25))[mask].float()
   assert 0.05 < outside.mean() < 0.6
-  for name, want in (('update/loss', loss), ('policy/entropy', entropy),
-                     ('policy/kl', average(kl)),
-                     ('policy/clip_fraction', average(is_clipped.float())),
-                     # Tokens count the same here, not completions.
+  for name, want in (('update/loss', loss),
+                     # Tokens count the same from here on, not completions.
+                     ('policy/entropy', entropy[mask].mean()),
+                     ('policy/kl', kl[mask].mean()),
+                     ('policy/clip_fraction', is_clipped[mask].float().mean()),
                      ('policy/sampler_ratio_mean', gap[mask].mean()),
                      ('policy/sampler_ratio_max', gap[mask].max()),
                      ('policy/sampler_ratio_outside', outside.mean()),
@@ -462,6 +463,53 @@ def test_value_and_gradient_of_the_logits_are_torchs(cap):
     assert float(metrics[name]) == pytest.approx(want.item(), rel=1e-5), name
   np.testing.assert_allclose(state.opt_state['logits'], logits.grad.numpy(),
                              rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('aggregate', losses.AGGREGATES)
+def test_muted_tokens_have_no_advantage_and_leave_the_others_their_weight(
+    aggregate):
+  rollout = make_rollout()
+  trained = jnp.asarray(np.random.default_rng(5).random(
+      rollout.action_mask.shape) < 0.4)
+  make = lambda *trained: grpo.make_batch_fn(aggregate)(
+      rollout, jnp.asarray(ADVANTAGES), T - 1, *trained)
+  muted, whole = make(trained), make()
+  kept = trained[:, :T - 1]
+  np.testing.assert_array_equal(
+      muted.advantages, np.where(kept, whole.advantages[:, None], 0))
+  for (part, rows), (like, _) in zip(
+      grpo.minibatches(muted, 1, 4, aggregate),
+      grpo.minibatches(whole, 1, 4, aggregate), strict=True):
+    np.testing.assert_array_equal(part.weights, like.weights)
+    np.testing.assert_array_equal(
+        part.advantages, np.where(kept[rows], like.advantages[:, None], 0))
+
+
+@pytest.mark.parametrize('muted', [False, True])
+@pytest.mark.parametrize('aggregate', losses.AGGREGATES)
+def test_metrics_are_means_over_tokens_whatever_the_loss_weighs(
+    aggregate, muted):
+  rollout = make_rollout()
+  trained = rollout.action_mask
+  if muted:
+    trained = trained & (jnp.arange(trained.shape[1])[None] % 2 == 0)
+  batch = grpo.make_batch_fn(aggregate)(
+      rollout, jnp.asarray(ADVANTAGES), trained.shape[1], trained)
+  params = {'logits': jnp.zeros((B, L + T, VOCAB))}
+  uniform = jnp.full(trained.shape, -np.log(VOCAB), jnp.float32)
+  # The old policy was half as sure of each token, the reference twice.
+  batch = batch.replace(
+      old_logprobs=uniform - np.float32(np.log(2)),
+      ref_logprobs=uniform + np.float32(np.log(2)))
+  update = grpo.make_update_fn(Table(), CAPTURE, temperature=1.0,
+                               microbatch_size=B, kl_coef=0.1)
+  metrics = update(make_state(params), batch)[1]
+  assert float(metrics['policy/entropy']) == pytest.approx(np.log(VOCAB))
+  assert float(metrics['policy/kl']) == pytest.approx(1 - np.log(2), rel=1e-5)
+  above = trained & (jnp.ravel(jnp.asarray(ADVANTAGES))[:, None] > 0)
+  assert float(metrics['policy/clip_fraction']) == pytest.approx(
+      np.asarray(above)[rollout.action_mask].mean())
+  assert int(metrics['update/tokens']) == int(rollout.action_mask.sum())
 
 
 def test_a_sampler_that_agrees_needs_no_correction():
@@ -492,7 +540,9 @@ def test_temperature_divides_the_logits():
 
 def test_the_penalty_is_added_and_pulls_to_the_reference():
   still = jnp.zeros(B)
-  batch = table_batch(advantages=still, old_logprobs=None)
+  # The loss weighs as the metric does: by tokens.
+  batch = table_batch(advantages=still, old_logprobs=None,
+                      weights=make_batch(aggregate='token').weights)
   sgd = optax.sgd(20.0)
   ask = lambda coef: grpo.make_update_fn(
       Table(), sgd, temperature=0.7, microbatch_size=B, kl_coef=coef)
@@ -590,15 +640,17 @@ def test_one_minibatch_is_the_batch_itself():
 
 
 def test_metrics_of_updates_are_merged_by_name():
+  per_token = ('entropy', 'clip_fraction', 'kl', 'sampler_kl',
+               'sampler_ratio_mean', 'sampler_ratio_outside')
   names = ('update/loss', 'update/grad_norm', 'update/tokens',
-           'policy/sampler_ratio_mean', 'policy/sampler_ratio_max',
-           'policy/sampler_ratio_outside')
+           'policy/sampler_ratio_max', *(f'policy/{x}' for x in per_token))
   updates = [dict(zip(names, map(jnp.float32, values), strict=True))
-             for values in ((0.5, 1.0, 1, 2.0, 2.0, 1.0),
-                            (1.5, 2.0, 3, 1.0, 1.5, 0.0),
-                            (1.0, 0.0, 0, 0.0, 0.0, 0.0))]
+             for values in ((0.5, 1.0, 1, 2.0, 4, 1, 8, 0, 2.0, 1.0),
+                            (1.5, 2.0, 3, 1.5, 0, 0, 4, 4, 1.0, 0.0),
+                            (1.0, 0.0, 0, 0.0, 0, 0, 0, 0, 0.0, 0.0))]
   assert grpo.merge(updates) == pytest.approx({
-      'update/loss': 1.0, 'update/grad_norm': 1.0,
+      'update/loss': 1.0, 'update/grad_norm': 1.0, 'policy/entropy': 1.0,
+      'policy/clip_fraction': 0.25, 'policy/kl': 5.0, 'policy/sampler_kl': 3.0,
       'policy/sampler_ratio_mean': 1.25, 'policy/sampler_ratio_max': 2.0,
       'policy/sampler_ratio_outside': 0.25})
   # One update is itself, and one without a token is finite.

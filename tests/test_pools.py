@@ -137,10 +137,10 @@ programs = sampling.make_programs(
     cache_dtype='', backend='tpu', shardings=(places, None, batch))
 assert programs.pooled
 prompts = types.Prompts(array(8, 150), array(8, 150, dtype=bool), None, None)
-number = jnp.float32(1)
+numbers = [array(32, dtype=x) for x in (*2 * ('float32',), *2 * ('int32',))]
 prompts, job, kind, _ = jax.eval_shape(
-    programs.begin, prompts, jax.eval_shape(lambda: jax.random.key(0)), number,
-    number, jnp.int32(0), jnp.int32(200))
+    programs.begin, prompts, jax.eval_shape(lambda: jax.random.key(0)),
+    *numbers)
 prompts, job = like((prompts, job), batch)
 store = like(jax.eval_shape(
     lambda *x: programs.first_store(*x, 6 + 777), params, prompts), batch)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toys import pooled
 
-from lapo_jax import grpo, pools, sampling, sharding, slots, types
+from lapo_jax import decoding, grpo, pools, sampling, sharding, slots, types
 from lapo_jax.models import qwen2
 
 P, G, CAP, EOS = 6, 4, 80, (1, 2)
@@ -144,20 +144,38 @@ def test_a_row_has_its_own_temperature_and_truncation(tiny_model, tiny_params):
     assert_same(pick(mixed), pick(ask(*how)))
 
 
-def test_other_numbers_compile_nothing(tiny_model, tiny_params, budgets):
-  sample = make(tiny_model, num_slots=8)
+def test_other_numbers_compile_nothing(tiny_model, tiny_params, caplog):
+  # Without stop tokens lengths are the budgets, the same each time.
+  sample = make(tiny_model, num_slots=8, eos_ids=())
   ask = lambda *how, **more: jax.block_until_ready(sample(
       tiny_params, make_prompts(), jax.random.key(3), *how, **more))
-  ask(1.0)
-  with jax.log_compiles(), pytest.warns() as caught:
-    import warnings
-    warnings.warn('one', stacklevel=1)
+  compiled = lambda: [line for line in caplog.messages if 'ompiling' in line]
+  with jax.log_compiles():
+    ask(1.0)
+    assert any('decode' in line for line in compiled())
+    caplog.clear()
     ask(0.5, 0.9, 4)
     ask(np.linspace(0, 1, ROWS), budgets=np.full(ROWS, CAP))
-  assert len(caught) == 1
+    ask(0.0, budgets=CAP)
+  assert not compiled()
 
 
-@pytest.mark.parametrize('budget', [1, 31, 32, 33])
+def test_when_the_host_looks_in_changes_nothing(
+    tiny_model, tiny_params, budgets, all_at_once, monkeypatch):
+  monkeypatch.setattr(decoding, '_CHUNK', 7)
+  monkeypatch.setattr(slots, '_AHEAD', 1)
+  monkeypatch.setattr(sampling, 'PAGE', 16)
+  seen = []
+  rollout = host(make(tiny_model, num_slots=7)(
+      tiny_params, make_prompts(), jax.random.key(3), 1.0, budgets=budgets,
+      watch=seen.append))
+  assert_same(rollout, all_at_once)
+  steps = np.diff([0, *(p.steps for p in seen)])
+  assert steps.max() == 7
+
+
+@pytest.mark.parametrize('budget', [
+    1, sampling.PAGE - 1, sampling.PAGE, sampling.PAGE + 1])
 def test_all_rows_stop_at_once(tiny_model, tiny_params, budget):
   rollout = host(make(tiny_model, eos_ids=(), num_slots=8)(
       tiny_params, make_prompts(), jax.random.key(0), 1.0,

@@ -194,12 +194,21 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
 
 
-def test_few_slots_and_grading_ahead_end_with_the_same_bits(
-    straight, make_config, tmp_path):
+def test_a_run_goes_on_with_what_changes_no_bit(
+    straight, make_config, stop_after, tmp_path):
+  stop_after(make_config(), tmp_path / 'run', 2)
+  # Fewer rows at once, for other devices: the same but for rounding.
+  other = make_config()
+  size = other.updates.microbatch_size // 2
+  train.prepare(make_config(updates__microbatch_size=size),
+                str(tmp_path / 'run'))
+  # Few slots, grading ahead, no evaluation on the way.
   train.train_and_evaluate(
-      make_config(rollout__num_slots=8, rollout__grade_ahead=True),
-      str(tmp_path / 'run'))
+      make_config(rollout__num_slots=8, rollout__grade_ahead=True,
+                  eval_every=0), str(tmp_path / 'run'))
   assert fingerprints(tmp_path / 'run') == fingerprints(straight)
+  with pytest.raises(ValueError, match='holds another run.*updates.num_epochs'):
+    train.prepare(make_config(updates__num_epochs=2), str(tmp_path / 'run'))
 
 
 def test_a_state_of_stacked_layers_stops_resumes_and_is_exported(

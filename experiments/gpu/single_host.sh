@@ -39,4 +39,5 @@ for ((try = 1; try <= tries; try++)); do
   echo "ended with status $status, try $try of $tries" >&2
   sleep "${PAUSE:-10}"
 done
-exit "$status"
+# Not a signal's: that would say that this script was ended, not the run.
+exit "$((status < 128 ? status : 1))"

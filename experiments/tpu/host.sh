@@ -32,7 +32,8 @@ fi
 status=0
 PYTHON=$work/venv/bin/python bash "$work/experiments/gpu/single_host.sh" \
   "${FLAGS[@]}" || status=$?
-if ((status)); then
+# Above 128 the VM itself is being ended, and the slice comes again.
+if ((status && status < 128)); then
   mkdir -p "$(dirname "$ENDED")"
   echo "$status" > "$ENDED"
 fi
