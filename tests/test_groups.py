@@ -102,6 +102,9 @@ def test_rounds_fill_the_batch(run):
   assert 1 < filled[0]['rollout/rounds'] <= 3
   assert (filled[0]['advantage/zero_groups'] <
           plain[0]['advantage/zero_groups'])
+  # Groups all right or all wrong are redrawn whatever a method pays them.
+  paid, _, _ = run('kimi', name='kimi', rollout__refill_rounds=2)
+  assert paid[0]['rollout/rounds'] == filled[0]['rollout/rounds']
 
 
 def test_what_a_method_cuts_is_graded_and_trained_on_as_cut(run, monkeypatch):

@@ -8,6 +8,7 @@ are as before.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -22,9 +23,10 @@ from etils import epath
 import jax
 import numpy as np
 import pytest
+from toys import config as toy_config
 from toys import host, pod
 
-from lapo_jax import checkpoint, hosts, programs, train
+from lapo_jax import build, checkpoint, hosts, programs, train
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STEP = 2  # the one that all compare, numbered from 0
@@ -300,6 +302,21 @@ def test_what_differs_is_named_with_its_host(beside):
   with pytest.raises(ValueError, match='host 1 differs from host 0 in its '
                                        'config, data: every host must'):
     hosts.compare(facts)
+
+
+def test_configs_are_compared_before_anything_is_built(beside, monkeypatch):
+  # One host asks for slots, the other for what memory holds.
+  config = toy_config.get_config()
+  monkeypatch.setattr(build, 'build', lambda *_: pytest.fail('it was built'))
+  beside({'value': {**digests(hosts.software()), 'config': 'another'}})
+  with pytest.raises(ValueError, match='host 1 differs from host 0 in its '
+                                       'config: every host must'):
+    train.prepare(config, 'nowhere')
+
+
+def digests(facts):
+  return {name: hashlib.sha256(json.dumps(fact, sort_keys=True).encode())
+          .hexdigest() for name, fact in facts.items()}
 
 
 def test_this_host_agrees_with_itself():

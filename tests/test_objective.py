@@ -202,11 +202,15 @@ def test_what_did_not_end_leaves_the_loss():
     ('kl_cov_share', 1.5, 'kl_cov_share 1.5.*such as 0.0002'),
     ('kl_cov_share', float('nan'), 'kl_cov_share nan.*share of the tokens'),
     ('kl_cov_share', 0.1, 'kl_cov_share 0.1.*one update a batch'),
+    ('rollout.temperature', -1.0, 'rollout.temperature -1.0.*greedy'),
+    ('eval.temperature', float('nan'), 'eval.temperature nan.*greedy'),
+    ('eval.num_examples', 0, 'eval.num_examples 0.*at least 1'),
 ])
 def test_what_a_config_may_not_ask(key, value, match):
   config = importlib.import_module('configs.default').get_config()
   checks.choices(config)
-  config.loss[key] = value
+  key = key if '.' in key else f'loss.{key}'
+  config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=match):
     checks.choices(config)
 

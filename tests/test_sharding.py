@@ -97,6 +97,16 @@ def test_slices_without_a_copy_of_their_own_are_told():
   assert sharding.make_mesh(devices=SLICES[:8]).shape['fsdp'] == 8
 
 
+def test_a_container_has_what_it_may_have(mesh, monkeypatch, tmp_path):
+  limit = tmp_path / 'memory.max'
+  monkeypatch.setattr(sharding, '_CONTAINER', limit)
+  whole = sharding.device_memory(mesh)
+  limit.write_text('max\n')
+  assert sharding.device_memory(mesh) == whole
+  limit.write_text(f'{1 << 30}\n')
+  assert sharding.device_memory(mesh) == (1 << 30) // mesh.size
+
+
 def test_an_axis_that_does_not_divide_is_left_whole(mesh):
   placed = sharding.partition(RULES, {
       'a': {'kernel': shape(4, 6)}, 'b': {'kernel': shape(3, 6)},

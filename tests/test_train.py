@@ -7,6 +7,7 @@ thousand weights. In this process it has eight devices, in others one.
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 from toys import config as toy_config
 
-from lapo_jax import checkpoint, export, stages, train
+from lapo_jax import build, checkpoint, export, stages, train
 from lapo_jax.models import qwen2
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -192,6 +193,12 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   train.train_and_evaluate(make_config(), str(tmp_path))
   assert fingerprints(tmp_path) == fingerprints(straight)
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
+
+
+def test_every_seed_stream_and_step_has_random_numbers_of_its_own():
+  keys = {tuple(jax.random.key_data(build.key(*which)).tolist())
+          for which in itertools.product((0, 1), build.STREAMS, (0, 1, 2))}
+  assert len(keys) == 2 * len(build.STREAMS) * 3
 
 
 def test_a_run_goes_on_with_what_changes_no_bit(
