@@ -168,4 +168,5 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   config.samples_every = 10
   config.eval_every = 20
   config.checkpoint_every = 50
-  return config
+  # A mistyped key is an error, in files that start from this one too.
+  return config.lock()

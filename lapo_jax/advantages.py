@@ -74,8 +74,9 @@ def group_advantages(
   advantages = rewards
   if baseline != 'none':
     centred = rewards - ops.masked_mean(rewards, keep, keepdims=True)
-    # The float32 mean of equal numbers need not be that number.
-    advantages = jnp.where(group_std > 0, centred, 0.0)
+    # The float32 mean of equal numbers need not be that number. NaN stays:
+    # an update refuses it, zeros would train on nothing without a word.
+    advantages = jnp.where((group_std > 0) | jnp.isnan(centred), centred, 0.0)
   if baseline == 'leave_one_out':
     # r_i − mean_{j≠i} r_j = (r_i − mean_j r_j)·n/(n − 1).
     count = jnp.sum(keep, axis=-1, keepdims=True, dtype=jnp.float32)

@@ -119,7 +119,8 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   encode = rollout.make_encode_fn(
       tokenizer, config.rollout.template, config.rollout.max_prompt_length,
       programs.prompt_places(mesh))
-  reward_shapes = checks.reward(config, reward, len(task))
+  reward_shapes = checks.reward(config, reward, len(task),
+                                checks.text(task, reward))
   checks.prompts(config, task, eval_task, encode, reward,
                  jax.device_get(reward.init(len(task))))
   # A worker holds one task: held-out problems are graded by the same code.

@@ -18,6 +18,44 @@ import numpy as np
 from lapo_jax import advantages, losses, ratios, types
 from lapo_jax.models import _decoder
 
+_ANY = math.inf
+_MEASURES_NOTHING = types.Reward._field_defaults['measure']
+# (key, least, most); a NaN is in no such range.
+_RANGES = (
+    ('seed', 0, 2**32 - 1), ('total_steps', 1, _ANY),
+    ('rollout.num_prompts', 1, _ANY), ('rollout.max_prompt_length', 1, _ANY),
+    ('rollout.max_completion_length', 1, _ANY), ('rollout.num_slots', 0, _ANY),
+    ('rollout.refill_rounds', 0, _ANY),
+    ('eval.num_samples', 1, _ANY), ('eval.batch_size', 1, _ANY),
+    ('eval.temperature', 0, 1e6), ('eval.max_completion_length', 0, _ANY),
+    ('eval.num_examples', 1, _ANY),
+    ('advantage.eps', 0, _ANY),
+    ('loss.clip_low', 0, _ANY), ('loss.clip_high', 0, _ANY),
+    ('loss.kl_coef', 0, 1e6), ('loss.kl_cov_share', 0, 1),
+    ('loss.kl_cov_coef', 0, 1e6), ('loss.importance_cap', 0, _ANY),
+    ('optimizer.learning_rate', 0, 1e6), ('optimizer.warmup_share', 0, 1),
+    ('optimizer.final_share', 0, 1), ('optimizer.b1', 0, 1),
+    ('optimizer.b2', 0, 1), ('optimizer.weight_decay', 0, 1e6),
+    ('updates.num_epochs', 1, _ANY), ('updates.num_minibatches', 1, _ANY),
+    ('updates.microbatch_size', 1, _ANY), ('updates.short_share', 0, 1))
+# (key, what it must exceed)
+_POSITIVE = ('rollout.temperature', 'optimizer.clip_norm', 'grader.deadline')
+
+
+def numbers(config: ml_collections.ConfigDict) -> None:
+  """Checks every number that has a range of its own."""
+  for key, least, most in _RANGES:
+    if not least <= config[key] <= most:
+      wanted = (f'at least {least}' if most == _ANY else
+                f'a number from {least} to {most:g}')
+      raise ValueError(f'{key} {config[key]}: expected {wanted}.')
+  for key in _POSITIVE:
+    if not 0 < config[key] < _ANY:
+      raise ValueError(f'{key} {config[key]}: expected a number above 0.')
+  for name, value in config.reward.items():
+    if isinstance(value, float) and math.isnan(value):
+      raise ValueError(f'reward.{name} {value}: expected a number.')
+
 
 def updates_per_batch(config: ml_collections.ConfigDict) -> int:
   """How many updates learn from one batch.
@@ -45,37 +83,17 @@ def choices(config: ml_collections.ConfigDict) -> None:
     if config.rollout[key] not in legal:
       raise ValueError(f'rollout.{key} {config.rollout[key]!r}: expected one '
                        f'of {legal}.')
-  if config.rollout.num_slots < 0:
-    raise ValueError(f'rollout.num_slots {config.rollout.num_slots}: expected '
-                     'a number of completions, or 0 for what fits.')
+  numbers(config)
   if not 0 < config.rollout.cache_share < 1:
     raise ValueError(f'rollout.cache_share {config.rollout.cache_share}: '
                      'expected a share of the memory, such as 0.3.')
-  if config.eval.max_completion_length < 0:
-    raise ValueError(
-        f'eval.max_completion_length {config.eval.max_completion_length}: '
-        "expected tokens, or 0 for the rollout's.")
   cycle = config.rollout.cap_cycle
   most = config.rollout.max_completion_length
   if cycle.least and not (0 < cycle.least <= most and cycle.steps > 0):
     raise ValueError(
         f'rollout.cap_cycle is {cycle.least} tokens and {cycle.steps} steps: '
         f'expected at most max_completion_length, {most}, and some steps.')
-  for name, value in (('rollout.temperature', config.rollout.temperature),
-                      ('eval.temperature', config.eval.temperature)):
-    if not 0 <= value < math.inf:
-      raise ValueError(f'{name} {value}: expected a positive number, or 0 for '
-                       'greedy.')
-  if config.eval.num_examples < 1:
-    raise ValueError(f'eval.num_examples {config.eval.num_examples}: expected '
-                     'at least 1 held-out problem.')
-  if config.rollout.refill_rounds < 0:
-    raise ValueError(f'rollout.refill_rounds {config.rollout.refill_rounds}: '
-                     'expected a number of rounds, 0 for none.')
   cap = config.loss.importance_cap
-  if not cap >= 0:  # NaN too
-    raise ValueError(f'loss.importance_cap {cap}: expected a positive bound '
-                     'of the importance weights, such as 2, or 0 for none.')
   floor = config.loss.importance_floor
   if not (floor == 0 or 0 < floor < cap):
     raise ValueError(f'loss.importance_floor {floor}: expected less than '
@@ -85,9 +103,6 @@ def choices(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f'loss.dual_clip {bound}: expected a ratio above 1, such '
                      'as 3, or 0 for none.')
   share = config.loss.kl_cov_share
-  if not 0 <= share <= 1:
-    raise ValueError(f'loss.kl_cov_share {share}: expected a share of the '
-                     'tokens, such as 0.0002, or 0 for none.')
   if share and updates_per_batch(config) == 1:
     raise ValueError(
         f'loss.kl_cov_share {share}: with one update a batch the policy has '
@@ -136,22 +151,82 @@ def microbatch_sizes(config: ml_collections.ConfigDict,
           if rows % (minibatches * n) == 0]
 
 
+def text(task: types.Task, reward: types.Reward) -> set[str]:
+  """Grades and reads an empty completion; the names of what was found.
+
+  Raises:
+    ValueError: the task or the method does not keep its contract.
+  """
+  example = task[0]
+  found = {}
+  for name, ask in (('grade of the task', task.grade),
+                    ('read of the method', reward.read)):
+    try:
+      numbers = dict(ask('', example))
+      found |= {key: float(value) for key, value in numbers.items()}
+    except Exception as error:
+      raise ValueError(
+          f'the {name} fails on an empty completion: expected numbers by name, '
+          f'got {type(error).__name__}: {error}.') from error
+    if 'correct' not in found:
+      raise ValueError(f"the {name} gives {sorted(found)}: expected 'correct', "
+                       'a number in [0, 1], among them.')
+  return set(found) - {'correct'}
+
+
 def reward(config: ml_collections.ConfigDict, reward: types.Reward,
-                  num_examples: int) -> Any:
-  """Shapes of the method's memory, once it has taken outcomes of our shape."""
+           num_examples: int, names: set[str] | None = None) -> Any:
+  """Shapes of the method's memory, once it has taken outcomes of our shape.
+
+  Args:
+    config: a stage's.
+    reward: the method.
+    num_examples: N.
+    names: of `text`; None = whatever the method asks for.
+
+  Raises:
+    ValueError: the method does not keep its contract.
+  """
   prompts = config.rollout.num_prompts
   groups = (prompts, config.rollout.group_size)
+  method = f'the method {config.reward.name}'
 
   def apply():
     grades = jnp.zeros(groups)
     none = jnp.zeros(prompts, jnp.int32)
+    extras = dict.fromkeys(names or (), grades)
+    # What it measures has names of its own.
+    if names is None or reward.measure is not _MEASURES_NOTHING:
+      extras = collections.defaultdict(lambda: grades, extras)
     return reward.apply(types.Outcomes(
         correct=grades, lengths=jnp.ones(groups, jnp.int32),
         truncated=grades > 0, prompt_index=none, target_lengths=none,
-        extras=collections.defaultdict(lambda: grades)),
-        reward.init(num_examples))
+        extras=extras), reward.init(num_examples))
 
-  return jax.eval_shape(apply)[1]
+  try:
+    found = jax.eval_shape(apply)
+  except KeyError as error:
+    raise ValueError(f'{method} asks for {error} among the extras: there are '
+                     f'{sorted(names)}.') from error
+  if not (isinstance(found, tuple) and len(found) == 2 and
+          isinstance(found[0], types.Rewards)):
+    raise ValueError(f'{method} gives a {type(found).__name__}: expected '
+                     '(types.Rewards, the memory).')
+  rewards, memory = found
+  for name, array in {**rewards.terms, 'keep': rewards.keep}.items():
+    if array is not None and array.shape != groups:
+      raise ValueError(f'{method} gives {name} the shape {array.shape}: '
+                       f'expected {groups}, prompts by completions.')
+  if unknown := set(rewards.weights or ()) - set(rewards.terms):
+    raise ValueError(f'{method} weighs {sorted(unknown)}: expected terms among '
+                     f'{sorted(rewards.terms)}.')
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  first = jax.eval_shape(lambda: reward.init(num_examples))
+  if shapes(memory) != shapes(first):
+    raise ValueError(f'{method} gives back a memory of shapes '
+                     f'{shapes(memory)}: expected those of init, '
+                     f'{shapes(first)}.')
+  return memory
 
 
 def prompts(config: ml_collections.ConfigDict, task: types.Task,

@@ -53,10 +53,15 @@ _MIN_COMPILE_TIME = 0.5
 
 def run() -> None:
   """The command; a user's mistake ends it with one line and status 2."""
+  if '--help' in sys.argv[1:]:
+    print(__doc__, flags.FLAGS.main_module_help(), sep='\n')
+    return
   try:
     argv = flags.FLAGS(names_first(sys.argv))
-  except (flags.Error, ValueError, TypeError, KeyError, AttributeError,
-          OSError) as error:
+  except (KeyError, AttributeError) as error:
+    stop(f'no such key in the config: {error.args[0]}. configs/default.py and '
+         'the arguments of a plug-in\'s `make` are those there are.')
+  except (flags.Error, ValueError, TypeError, OSError) as error:
     stop(error)
   app.run(main, argv=argv, flags_parser=lambda args: args)
 
@@ -106,7 +111,9 @@ def main(argv: list[str]) -> None:
           _WORKDIR.value)
   except (ValueError, OSError, checkpoint.DamagedError) as error:
     stop(error)
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt as error:
+    _interrupted(error, 'nothing has been computed')
+  except Exception as error:
     _fail(error)
   # Not before: a request that is refused is told that in one line.
   if trouble:
@@ -120,12 +127,18 @@ def main(argv: list[str]) -> None:
     stop(error)
   except train.Stopped as error:
     stop(error, 128 + signal.SIGTERM)
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt as error:
+    _interrupted(error, 'the same command goes on from what is saved')
+  except Exception as error:
     _fail(error)
 
 
 def _check_flags() -> None:
   """Ends the program when a flag is missing or has no meaning here."""
+  for name, folder in (('workdir', _WORKDIR.value), ('out', _OUT.value)):
+    if folder and '://' in folder:
+      stop(f'--{name} {folder}: expected a folder, such as where the bucket is '
+           'mounted.')
   if _MODE.value == 'export':
     if not _WORKDIR.value or not _OUT.value or _CONFIG.value is not None:
       stop('expected --mode=export --workdir=runs/tiny --out=my_model, and no '
@@ -137,6 +150,9 @@ def _check_flags() -> None:
                        '--workdir=runs/eval'}
     stop(f'expected {example[_MODE.value]}'
           f'{" and no --out" if _OUT.value else ""}')
+  kind = 'eval' if 'benchmarks' in _CONFIG.value else 'train'
+  if kind != _MODE.value:
+    stop(f'--config is for --mode={kind}: got --mode={_MODE.value}.')
 
 
 def _join() -> None:
@@ -190,6 +206,13 @@ def _try_writing(folder: epath.Path) -> None:
   probe.write_text('')
   # Missing where another host's process has the same number.
   probe.unlink(missing_ok=True)
+
+
+def _interrupted(error: KeyboardInterrupt, told: str) -> NoReturn:
+  """Ends the program after Ctrl-C."""
+  if hosts.several():
+    hosts.leave(error)
+  stop(f'interrupted; {told}.', 128 + signal.SIGINT)
 
 
 def _fail(error: BaseException) -> NoReturn:

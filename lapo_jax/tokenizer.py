@@ -87,8 +87,12 @@ def load(folder: pathlib.Path | str) -> Tokenizer:
   import transformers  # Seconds to import: only a run that reads text pays.
   # Not AutoTokenizer: beside a config.json it takes the model type's class,
   # which puts its own normalizer, splits and pad token in place of the file's.
-  reader = transformers.PreTrainedTokenizerFast.from_pretrained(
-      str(folder), local_files_only=True)
+  try:
+    reader = transformers.PreTrainedTokenizerFast.from_pretrained(
+        str(folder), local_files_only=True)
+  except ValueError as error:
+    raise ValueError(f'{folder}: its tokenizer.json or tokenizer_config.json '
+                     f'cannot be read: {error}.') from error
   eos_ids = _stop_ids(folder) or [reader.eos_token_id]
   if None in eos_ids:
     raise ValueError(f'{folder}: got no stop token; expected eos_token_id in '
@@ -99,8 +103,16 @@ def load(folder: pathlib.Path | str) -> Tokenizer:
 def _stop_ids(folder: pathlib.Path) -> list[int]:
   for name in ('generation_config.json', 'config.json'):
     file = folder / name
-    found = (json.loads(file.read_text()).get('eos_token_id')
-             if file.is_file() else None)
+    if not file.is_file():
+      continue
+    try:
+      found = json.loads(file.read_text()).get('eos_token_id')
+      ids = found if isinstance(found, list) else [found]
+      if not all(id_ is None or isinstance(id_, int) for id_ in ids):
+        raise ValueError(f'eos_token_id is {found!r}: expected token ids')
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{file}: expected the model\'s JSON settings: '
+                       f'{error}.') from error
     if found is not None:
-      return list(found) if isinstance(found, list) else [found]
+      return ids
   return []

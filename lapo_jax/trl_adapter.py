@@ -74,6 +74,10 @@ class RewardFunction:
     self._name, self._correct = name, correct
     self._group_size = num_generations
     self._eos = set(np.ravel(eos_token_ids).tolist())
+    if not self._eos or not all(isinstance(i, int) for i in self._eos):
+      raise ValueError(f'eos_token_ids {eos_token_ids!r}: expected one id or '
+                       'several; without any, every completion would count as '
+                       'truncated.')
     self._num_examples = num_examples
     self._method = plugins.make('rewards', name, **settings)
     if self._method.trim is not None or self._method.mute is not None:

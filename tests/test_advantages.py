@@ -81,6 +81,14 @@ def test_a_group_of_one_is_finite(settings):
     np.testing.assert_array_equal(advantages, np.zeros((2, 1)))
 
 
+@pytest.mark.parametrize('scale', advantages.SCALES)
+@pytest.mark.parametrize('baseline', advantages.BASELINES)
+def test_a_reward_that_is_no_number_is_not_hidden(baseline, scale):
+  rewards = np.array([[0, 1, 1, 0], [1, np.nan, 0, 0]], np.float32)
+  found = advantages.group_advantages(rewards, baseline=baseline, scale=scale)
+  assert np.isnan(found[1, 1])
+
+
 def test_without_a_baseline_equal_rewards_are_not_blown_up():
   np.testing.assert_array_equal(one_group([1.0, 1.0], baseline='none'),
                                 [1.0, 1.0])

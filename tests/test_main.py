@@ -112,6 +112,43 @@ def test_a_value_of_another_type(refused, value):
   assert 'num_prompts' in said or 'integer' in said or 'int' in said
 
 
+def test_a_mistyped_key_in_a_file_of_ones_own(refused, tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text('from configs import default\n\n'
+                  'def get_config():\n  config = default.get_config()\n'
+                  '  config.rollout.tempertaure = 0.3\n  return config\n')
+  assert 'tempertaure' in refused(config=file)
+
+
+def test_a_config_of_the_other_mode(refused):
+  assert '--config is for --mode=train' in refused('--mode=eval')
+  assert '--config is for --mode=eval' in refused(
+      config='configs/benchmarks.py', model=None)
+
+
+@pytest.mark.parametrize('workdir', ['gs://bucket/run', 's3://bucket/run'])
+def test_a_workdir_is_a_folder(refused, workdir):
+  assert 'where the bucket is mounted' in refused(workdir=workdir)
+
+
+def test_help_is_given(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['lapo_jax', '--help'])
+  main.run()
+  said = capsys.readouterr().out
+  assert '--config=configs/tiny.py --workdir=runs/tiny' in said
+
+
+def test_ctrl_c_is_answered_with_a_line(call, monkeypatch):
+  def interrupted(*args):
+    raise KeyboardInterrupt
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'train', interrupted)
+    code, said = call()
+  assert code == 130
+  assert said.splitlines()[-1] == ('lapo_jax: interrupted; the same command '
+                                   'goes on from what is saved.')
+
+
 def test_an_unknown_flag(refused):
   assert 'workdri' in refused('--workdri=x')
 
@@ -130,8 +167,8 @@ def test_a_config_file_that_is_not_there(refused):
     ('rollout.group_size=1', 'group_size 1', ['at least 2']),
     ('mesh.tensor=3', "'tensor': 3", ['8 devices']),
     ('rollout.num_prompts=24', 'num_prompts 24', ['18']),
-    ('loss.importance_cap=-1', 'importance_cap -1', ['such as 2', '0 for']),
-    ('loss.importance_cap=nan', 'importance_cap nan', ['such as 2', '0 for']),
+    ('loss.importance_cap=-1', 'importance_cap -1', ['at least 0']),
+    ('loss.importance_cap=nan', 'importance_cap nan', ['at least 0']),
 ])
 def test_numbers_that_do_not_fit(refused, setting, got, legal):
   said = refused(f'--config.{setting}')
@@ -208,6 +245,10 @@ def test_a_foreign_model_folder(refused, tmp_path, model_folder):
 def test_a_model_folder_without_tokenizer(refused, tmp_path, model_folder):
   folder = tmp_path / 'mute'
   shutil.copytree(model_folder, folder)
+  (folder / 'generation_config.json').write_text('{"eos_token_id": "x"}')
+  assert 'generation_config.json: expected' in refused(model=folder)
+  (folder / 'tokenizer.json').write_text('{')
+  assert 'tokenizer.json' in refused(model=folder)
   (folder / 'tokenizer.json').unlink()
   assert 'tokenizer.json' in refused(model=folder)
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 from test_main import forget
+from toys import config as toy_config
 
-from lapo_jax import main, plugins, types
+from lapo_jax import main, plugins, train, types
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -100,6 +101,43 @@ def test_the_readmes_method_by_hand(readme_method):
       reward(correct, lengths, beta=0.4), [[0.9, 0, 0.8, 0.25]], rtol=1e-6)
   slope = jax.grad(lambda x: reward(correct, x).sum())(lengths * 1.0)
   assert np.isfinite(slope).all()
+
+
+# What a method must keep, broken, and what is said before any compute.
+_BROKEN = {
+    'apply=lambda o, s: o.correct': 'expected .types.Rewards, the memory',
+    "apply=lambda o, s: (types.Rewards({'x': o.correct[:, 0]}), s)":
+        r'gives x the shape .8,.: expected .8, 4.',
+    "apply=lambda o, s: (types.Rewards({'x': o.extras['boxd']}), s)":
+        "asks for 'boxd' among the extras: there are .*'parsed'",
+    "apply=lambda o, s: (types.Rewards({'x': o.correct}, {'y': 1.0}), s)":
+        r"weighs .'y'.: expected terms among .'x'.",
+    "apply=lambda o, s: (types.Rewards({'x': o.correct}), o.lengths)":
+        'gives back a memory of shapes .*expected those of init',
+    "apply=lambda o, s: (types.Rewards({'x': o.correct}), s), "
+    "read=lambda text, example: {'x': 1 / 0}":
+        'read of the method fails .*ZeroDivisionError',
+    "apply=lambda o, s: (types.Rewards({'x': o.correct}), s), "
+    'read=lambda text, example: None': 'read of the method fails .*TypeError',
+}
+
+
+@pytest.mark.parametrize('made, said', _BROKEN.items(), ids=_BROKEN.values())
+def test_a_method_that_breaks_its_contract_is_told_before_any_compute(
+    tmp_path, write, model_folder, monkeypatch, made, said):
+  (tmp_path / 'my_lab').mkdir()
+  write('my_lab/broken', f"""
+      from lapo_jax import types
+      def make():
+        return types.Reward({made})
+      """)
+  config = toy_config.get_config('reward=my_lab.broken')
+  config.model.path = model_folder
+  config.lock()
+  monkeypatch.chdir(_ROOT)
+  with pytest.raises(ValueError, match=said):
+    train.prepare(config, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_file_of_ones_own_trains(readme_method, model_folder, compile_cache,

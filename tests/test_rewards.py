@@ -241,6 +241,9 @@ def test_what_is_no_number_is_told(name, unchecked):
     reward(correct, lengths.tolist(), *rest)
   with pytest.raises(ValueError, match='lengths is bool.*the order is'):
     reward(lengths, correct > 0, *rest)
+  for kind in (np.uint16, np.uint32, np.int8):  # their differences wrap around
+    with pytest.raises(ValueError, match=f'lengths is {kind.__name__}.*int32'):
+      reward(correct, lengths.astype(kind), *rest)
   with pytest.raises(ValueError, match='correct is complex64.*real numbers'):
     reward(correct.astype(np.complex64), lengths, *rest)
 

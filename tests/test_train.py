@@ -195,6 +195,16 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
 
 
+def test_a_stage_whose_checkpoints_are_damaged_starts_again(
+    straight, make_config, stop_after, tmp_path):
+  stop_after(make_config(), tmp_path, STEPS + 2)
+  for part in (tmp_path / 'checkpoints' / '1').glob('*/state/**/d/*'):
+    part.write_bytes(b'')
+  train.train_and_evaluate(make_config(), str(tmp_path))
+  assert fingerprints(tmp_path) == fingerprints(straight)
+  assert timeless(lines(tmp_path)) == timeless(lines(straight))
+
+
 def test_every_seed_stream_and_step_has_random_numbers_of_its_own():
   keys = {tuple(jax.random.key_data(build.key(*which)).tolist())
           for which in itertools.product((0, 1), build.STREAMS, (0, 1, 2))}

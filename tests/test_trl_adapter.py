@@ -39,6 +39,12 @@ def make(name='shorter_better', correct='correct', **settings):
       name, correct=correct, num_generations=G, eos_token_ids=EOS, **settings)
 
 
+def test_a_tokenizer_without_a_stop_token_is_refused():
+  with pytest.raises(ValueError, match='eos_token_ids.*one id or several'):
+    trl_adapter.RewardFunction('accuracy', correct='correct',
+                               num_generations=G, eos_token_ids=[])
+
+
 def test_the_loops_numbers():
   lengths, correct = [3, 5, 9, 4, 2, 2, 8, 6], [0, 1, 1, 0, 0, 0, 0, 0]
   found = call(make(beta=0.1), ids(*lengths), correct=correct)

@@ -70,3 +70,6 @@ def _check_numbers(name: str, x: Any) -> None:
                      'the order is (correct, lengths).')
   if not kind.startswith(('bool', 'int', 'uint', 'float', 'bfloat')):
     raise ValueError(f'{name} is {kind}: expected real numbers.')
+  if name != 'correct' and kind.startswith(('uint', 'int8', 'int16')):
+    raise ValueError(f'{name} is {kind}, whose differences wrap around: '
+                     'expected int32 or floats.')

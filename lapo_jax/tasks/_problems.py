@@ -119,6 +119,9 @@ def prepare(path: str, parse: Parse, bad_rows: str, cache: str) -> Prepared:
   """
   if bad_rows not in BAD_ROWS:
     raise ValueError(f'task.bad_rows {bad_rows!r}: expected one of {BAD_ROWS}.')
+  if '://' in path and not path.startswith('gs://'):
+    raise ValueError(f'task.path {path!r}: expected a local file, or one on '
+                     'gs://.')
   try:
     data = epath.Path(path).read_bytes()
   except OSError as error:
