@@ -31,6 +31,11 @@ VERDICTS = ('correct', 'wrong', 'unparsed', 'timeout', 'crash')
 
 _ALARM = 0.01               # share of faults in a call that is logged
 _LOGGED = 500               # characters of it that are logged for an item
+_FEW = 8                    # completions that may all crash by themselves
+
+
+class GradingError(RuntimeError):
+  """What grades is at fault, not what is graded."""
 
 
 class Grader:
@@ -101,6 +106,7 @@ class Grader:
     Raises:
       ValueError: not as many examples as completions.
       RuntimeError: a worker cannot start; the message ends with its stderr.
+      GradingError: every completion crashed its worker.
     """
     if len(completions) != len(examples):
       raise ValueError(f'got {len(completions)} completions and '
@@ -127,6 +133,11 @@ class Grader:
     """Says so when faults are no longer rare: they are scored as wrong."""
     total = sum(self.counts.values())
     timeouts, crashes = self.counts['timeout'], self.counts['crash']
+    if crashes == total >= _FEW:
+      raise GradingError(
+          f'grading: each of {total} completions crashed its worker, which is '
+          'no fault of theirs: mend `grade` of the task or `read` of the '
+          'method by the warnings above, and give the same command again.')
     if timeouts + crashes > _ALARM * total:
       logging.warning(
           'grading: %d timeouts and %d crashes in %d items, over %g %%: their '

@@ -26,7 +26,7 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from lapo_jax import benchmark, checkpoint, export, hosts, train
+from lapo_jax import benchmark, checkpoint, export, grader, hosts, train
 
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'export'],
                           'What to do.')
@@ -123,7 +123,8 @@ def main(argv: list[str]) -> None:
     logging.info('Compiled programs: %s', cache or 'not kept, as asked.')
   try:
     work()
-  except (train.TrainingError, checkpoint.DamagedError) as error:
+  except (train.TrainingError, checkpoint.DamagedError,
+          grader.GradingError) as error:
     stop(error)
   except train.Stopped as error:
     stop(error, 128 + signal.SIGTERM)

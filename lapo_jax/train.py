@@ -99,10 +99,14 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       nonfinite = int(state.nonfinite)
 
     if nonfinite >= _MAX_NONFINITE:
+      advice = ('lower optimizer.learning_rate'
+                if np.isfinite(rewards.total).all() else
+                f'the rewards of {config.reward.name} are not: mend its '
+                'settings or its formula')
       raise TrainingError(
           f'step {step}: loss or gradient was not finite {nonfinite} times in '
-          'a row; parameters are as before the first. Lower '
-          'optimizer.learning_rate, or look at the samples of these steps.')
+          f'a row; parameters are as before the first. Expected numbers: '
+          f'{advice}, or look at the samples of these steps.')
     bar.update()
     update_metrics = grpo.merge(updates) | {
         'update/nonfinite': nonfinite, 'rollout/rounds': found.rounds}

@@ -81,11 +81,10 @@ def test_a_group_of_one_is_finite(settings):
     np.testing.assert_array_equal(advantages, np.zeros((2, 1)))
 
 
-@pytest.mark.parametrize('scale', advantages.SCALES)
-@pytest.mark.parametrize('baseline', advantages.BASELINES)
-def test_a_reward_that_is_no_number_is_not_hidden(baseline, scale):
+@pytest.mark.parametrize('settings', SETTINGS)
+def test_a_reward_that_is_no_number_is_not_hidden(settings):
   rewards = np.array([[0, 1, 1, 0], [1, np.nan, 0, 0]], np.float32)
-  found = advantages.group_advantages(rewards, baseline=baseline, scale=scale)
+  found = group_advantages(rewards, **settings)
   assert np.isnan(found[1, 1])
 
 

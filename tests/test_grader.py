@@ -202,6 +202,12 @@ def test_faults_harm_no_neighbour(plugins, caplog):
       f'grading: 3 timeouts and 5 crashes in {len(results)} items, over 1 %')
 
 
+def test_a_grader_that_fails_on_everything_is_at_fault_itself(plugins):
+  with (grader.Grader(('hostile.task', {}), num_workers=2) as it,
+        pytest.raises(grader.GradingError, match='each of 8 completions')):
+    it.grade(['raise thing'] * 8, _examples(8))
+
+
 def test_what_an_earlier_item_left_behind_is_not_the_next_ones_fault(plugins):
   # The first item is graded, and ends the process during the second.
   with grader.Grader(('hostile.task', {})) as it:
