@@ -24,6 +24,16 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+# Files that take longest go first, so that no process ends with one of them.
+_LONG = ('test_train', 'test_slots', 'test_hosts', 'test_grpo', 'test_groups',
+         'test_checkpoint', 'test_models', 'test_benchmark', 'test_configs')
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def home(tmp_path_factory):
   """No test reads or fills the caches in the user's home."""

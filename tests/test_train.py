@@ -193,11 +193,7 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   train.train_and_evaluate(make_config(), str(tmp_path))
   assert fingerprints(tmp_path) == fingerprints(straight)
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
-
-
-def test_a_stage_whose_checkpoints_are_damaged_starts_again(
-    straight, make_config, stop_after, tmp_path):
-  stop_after(make_config(), tmp_path, STEPS + 2)
+  # A stage whose checkpoints are all damaged starts again.
   for part in (tmp_path / 'checkpoints' / '1').glob('*/state/**/d/*'):
     part.write_bytes(b'')
   train.train_and_evaluate(make_config(), str(tmp_path))
