@@ -112,7 +112,8 @@ def test_a_value_of_another_type(refused, value):
   assert 'num_prompts' in said or 'integer' in said or 'int' in said
 
 
-def test_a_mistyped_key_in_a_file_of_ones_own(refused, tmp_path):
+def test_a_mistyped_key_in_a_file_of_ones_own(refused, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
   file = tmp_path / 'mine.py'
   file.write_text('from configs import default\n\n'
                   'def get_config():\n  config = default.get_config()\n'
