@@ -59,8 +59,11 @@ def run() -> None:
   try:
     argv = flags.FLAGS(names_first(sys.argv))
   except (KeyError, AttributeError) as error:
-    stop(f'no such key in the config: {error.args[0]}. configs/default.py and '
-         'the arguments of a plug-in\'s `make` are those there are.')
+    # A KeyError within a KeyError: its text is quoted twice.
+    text = str(error.args[0]).replace('\\n', '. ').replace('\n', '. ')
+    text = text.translate(str.maketrans('', '', '\\\''))
+    stop(f'no such key in the config: {text.removesuffix("?")}? Keys are those of '
+         'configs/default.py and of a plug-in\'s `make`.')
   except (flags.Error, ValueError, TypeError, OSError) as error:
     stop(error)
   app.run(main, argv=argv, flags_parser=lambda args: args)
