@@ -62,8 +62,8 @@ def run() -> None:
     # A KeyError within a KeyError: its text is quoted twice.
     text = str(error.args[0]).replace('\\n', '. ').replace('\n', '. ')
     text = text.translate(str.maketrans('', '', '\\\''))
-    stop(f'no such key in the config: {text.removesuffix("?")}? Keys are those of '
-         'configs/default.py and of a plug-in\'s `make`.')
+    stop(f'no such key in the config: {text.removesuffix("?")}? Keys are those '
+         'of configs/default.py and of a plug-in\'s `make`.')
   except (flags.Error, ValueError, TypeError, OSError) as error:
     stop(error)
   app.run(main, argv=argv, flags_parser=lambda args: args)

@@ -171,9 +171,14 @@ class RewardFunction:
 
   def _grades(self, prompts, completions, completion_ids, columns):
     if isinstance(self._correct, str):
-      return self._column(columns, self._correct, len(prompts), True)
-    grades = list(self._correct(prompts=prompts, completions=completions,
-                                completion_ids=completion_ids, **columns))
+      grades = self._column(columns, self._correct, len(prompts), True)
+    else:
+      grades = list(self._correct(prompts=prompts, completions=completions,
+                                  completion_ids=completion_ids, **columns))
+    for grade in grades:
+      if grade is not None and not 0 <= grade <= 1:  # NaN too
+        raise ValueError(f'correct gave the grade {grade}: expected one in '
+                         '[0, 1], or None for a group without rewards.')
     if len(grades) != len(prompts):
       raise ValueError(f'correct gave {len(grades)} grades of {len(prompts)} '
                        'completions: expected one each.')

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -61,6 +62,9 @@ def _claim(folder: pathlib.Path, contents: Mapping[str, Any],
                        f'{"; ".join(changed[:_NAMED])}{more}. Give another '
                        '--workdir, or the same config and data to go on.')
   folder.mkdir(parents=True, exist_ok=True)
+  if not os.access(folder, os.W_OK):
+    raise ValueError(f'{folder} cannot be written: expected a --workdir of '
+                     'one\'s own.')
   for name in missing:
     metrics.replace_text(folder / name,
                          metrics.to_json(contents[name], indent=2))

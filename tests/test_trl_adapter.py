@@ -45,6 +45,12 @@ def test_a_tokenizer_without_a_stop_token_is_refused():
                                num_generations=G, eos_token_ids=[])
 
 
+@pytest.mark.parametrize('grade', [float('nan'), 5.0, -1])
+def test_a_grade_is_a_share(grade):
+  with pytest.raises(ValueError, match=f'the grade {grade}: expected one in'):
+    call(make(), ids(3, 5, 9, 4), correct=[0, grade, 1, None])
+
+
 def test_the_loops_numbers():
   lengths, correct = [3, 5, 9, 4, 2, 2, 8, 6], [0, 1, 1, 0, 0, 0, 0, 0]
   found = call(make(beta=0.1), ids(*lengths), correct=correct)
