@@ -24,6 +24,7 @@ import numpy as np
 
 from lapo_jax import (
     build,
+    checks,
     eval_folder,
     hosts,
     keywords,
@@ -283,13 +284,20 @@ def _check(config: ml_collections.ConfigDict, parts: int) -> None:
   for key, least in (('batch_size', 1), ('group_size', 1),
                      ('max_prompt_length', 1), ('max_completion_length', 1),
                      ('num_samples', 0), ('num_problems', 0), ('top_k', 0),
-                     ('temperature', 0), ('conflict.num_problems', 0),
+                     ('temperature', 0), ('num_slots', 0), ('seed', 0),
+                     ('conflict.num_problems', 0),
                      ('conflict.num_samples', 1)):
     if not config[key] >= least:
       raise ValueError(f'{key} {config[key]}: expected at least {least}.')
   if not 0 < config.top_p <= 1:
     raise ValueError(f'top_p {config.top_p}: expected more than 0 and at most '
                      '1, which is all tokens.')
+  if not 0 < config.cache_share < 1:
+    raise ValueError(f'cache_share {config.cache_share}: expected a share of '
+                     'the memory, such as 0.5.')
+  if config.cache_dtype not in checks.CACHE_DTYPES:
+    raise ValueError(f'cache_dtype {config.cache_dtype!r}: expected one of '
+                     f'{checks.CACHE_DTYPES}.')
   if config.batch_size % parts:
     near = max(parts, config.batch_size // parts * parts)
     raise ValueError(f'batch_size {config.batch_size} does not divide by the '

@@ -18,7 +18,7 @@ which goes only once the new one is on disk.
 Random states are never saved: they follow from (seed, step).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import gc
 import json
@@ -151,6 +151,39 @@ def restore_latest(folder: str | os.PathLike, like: Any,
     raise DamagedError(f'all checkpoints in {folder} are damaged ('
                        f'{"; ".join(reasons)}); put back a copy, or start '
                        'over in an empty folder')
+  return None
+
+
+def restore_first(places: Sequence[tuple[str | os.PathLike, Any]],
+                  field: str = '') -> tuple[int, Any, dict] | None:
+  """`restore_latest` of the first folder that holds a whole checkpoint.
+
+  One whose checkpoints are all damaged is passed over with a logged warning.
+
+  Args:
+    places: (folder, like) of each, in the order in which they are tried.
+    field: as in `restore_latest`.
+
+  Returns:
+    (its number among the places, state, meta), or None when nothing has been
+    saved in any.
+
+  Raises:
+    ValueError: as `restore_latest`.
+    DamagedError: some hold checkpoints, and all of these are damaged.
+  """
+  damaged = None
+  for i, (folder, like) in enumerate(places):
+    try:
+      found = restore_latest(folder, like, field)
+    except DamagedError as error:
+      absl_logging.warning('%s', error)
+      damaged = damaged or error
+      continue
+    if found is not None:
+      return i, *found
+  if damaged:
+    raise damaged
   return None
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from lapo_jax import advantages, losses, ratios, types
 from lapo_jax.models import _decoder
 
+CACHE_DTYPES = ('', 'float32', 'bfloat16', 'int8')  # '' = the model's
 _ANY = math.inf
 _MEASURES_NOTHING = types.Reward._field_defaults['measure']
 # (key, least, most); a NaN is in no such range.
@@ -38,23 +39,8 @@ _RANGES = (
     ('optimizer.b2', 0, 1), ('optimizer.weight_decay', 0, 1e6),
     ('updates.num_epochs', 1, _ANY), ('updates.num_minibatches', 1, _ANY),
     ('updates.microbatch_size', 1, _ANY), ('updates.short_share', 0, 1))
-# (key, what it must exceed)
+# Above 0, and finite.
 _POSITIVE = ('rollout.temperature', 'optimizer.clip_norm', 'grader.deadline')
-
-
-def numbers(config: ml_collections.ConfigDict) -> None:
-  """Checks every number that has a range of its own."""
-  for key, least, most in _RANGES:
-    if not least <= config[key] <= most:
-      wanted = (f'at least {least}' if most == _ANY else
-                f'a number from {least} to {most:g}')
-      raise ValueError(f'{key} {config[key]}: expected {wanted}.')
-  for key in _POSITIVE:
-    if not 0 < config[key] < _ANY:
-      raise ValueError(f'{key} {config[key]}: expected a number above 0.')
-  for name, value in config.reward.items():
-    if isinstance(value, float) and math.isnan(value):
-      raise ValueError(f'reward.{name} {value}: expected a number.')
 
 
 def updates_per_batch(config: ml_collections.ConfigDict) -> int:
@@ -79,11 +65,11 @@ def choices(config: ml_collections.ConfigDict) -> None:
     if config[key] not in legal:
       raise ValueError(f'{key} {config[key]!r}: expected one of {legal}.')
   for key, legal in (('dtype', ('', 'float32', 'bfloat16')),
-                     ('cache_dtype', ('', 'float32', 'bfloat16', 'int8'))):
+                     ('cache_dtype', CACHE_DTYPES)):
     if config.rollout[key] not in legal:
       raise ValueError(f'rollout.{key} {config.rollout[key]!r}: expected one '
                        f'of {legal}.')
-  numbers(config)
+  _numbers(config)
   if not 0 < config.rollout.cache_share < 1:
     raise ValueError(f'rollout.cache_share {config.rollout.cache_share}: '
                      'expected a share of the memory, such as 0.3.')
@@ -207,7 +193,7 @@ def reward(config: ml_collections.ConfigDict, reward: types.Reward,
     found = jax.eval_shape(apply)
   except KeyError as error:
     raise ValueError(f'{method} asks for {error} among the extras: there are '
-                     f'{sorted(names)}.') from error
+                     f'{sorted(names or ())}.') from error
   if not (isinstance(found, tuple) and len(found) == 2 and
           isinstance(found[0], types.Rewards)):
     raise ValueError(f'{method} gives a {type(found).__name__}: expected '
@@ -230,8 +216,8 @@ def reward(config: ml_collections.ConfigDict, reward: types.Reward,
 
 
 def prompts(config: ml_collections.ConfigDict, task: types.Task,
-                   eval_task: types.Task, encode: Callable,
-                   reward: types.Reward, memory: Any) -> None:
+            eval_task: types.Task, encode: Callable, reward: types.Reward,
+            memory: Any) -> None:
   """Encodes every prompt once, as the method will write it at first."""
   if config.rollout.num_prompts > len(task):
     raise ValueError(f'rollout.num_prompts {config.rollout.num_prompts}: '
@@ -245,3 +231,18 @@ def prompts(config: ml_collections.ConfigDict, task: types.Task,
     for start in range(0, length, size):
       turn = [i % length for i in range(start, start + size)]
       encode([example(i) for i in turn], turn)
+
+
+def _numbers(config: ml_collections.ConfigDict) -> None:
+  """Checks every number that has a range of its own."""
+  for key, least, most in _RANGES:
+    if not least <= config[key] <= most:
+      wanted = (f'at least {least}' if most == _ANY else
+                f'a number from {least} to {most:g}')
+      raise ValueError(f'{key} {config[key]}: expected {wanted}.')
+  for key in _POSITIVE:
+    if not 0 < config[key] < _ANY:
+      raise ValueError(f'{key} {config[key]}: expected a number above 0.')
+  for name, value in config.reward.items():
+    if isinstance(value, float) and math.isnan(value):
+      raise ValueError(f'reward.{name} {value}: expected a number.')

@@ -13,7 +13,6 @@ import pathlib
 import shutil
 from typing import Any
 
-from absl import logging
 import jax
 
 from lapo_jax import checkpoint, plugins, sharding, stacking
@@ -89,18 +88,12 @@ def _restore(folder: pathlib.Path, family: Any, model: Any,
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                sharding=place), shapes, places)
   stages = [int(path.name) for path in folder.glob('*') if path.name.isdigit()]
-  damaged = None
-  for stage in sorted(stages, reverse=True):
-    try:
-      found = checkpoint.restore_latest(folder / str(stage), like,
-                                        field='params')
-    except checkpoint.DamagedError as error:
-      logging.warning('%s', error)
-      damaged, found = error, None
-    if found is not None:
-      # On the host a layer is a view.
-      return model.unstack(jax.device_get(found[0])) if stacked else found[0]
-  if damaged:
-    raise damaged
-  raise ValueError(f'{folder}: got no checkpoint; expected a run that has '
-                   'saved one, see checkpoint_every.')
+  found = checkpoint.restore_first(
+      [(folder / str(stage), like) for stage in sorted(stages, reverse=True)],
+      field='params')
+  if found is None:
+    raise ValueError(f'{folder}: got no checkpoint; expected a run that has '
+                     'saved one, see checkpoint_every.')
+  _, params, _ = found
+  # On the host a layer is a view.
+  return model.unstack(jax.device_get(params)) if stacked else params

@@ -62,20 +62,15 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
 def resume(runs: list[build.Run],
            folder: pathlib.Path) -> tuple[int, types.TrainState, float]:
   """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
-  damaged = None
-  for i in reversed(range(len(runs))):
-    try:
-      found = checkpoint.restore_latest(_checkpoints(folder, i),
-                                        runs[i].state_shapes)
-    except checkpoint.DamagedError as error:
-      logging.warning('%s', error)
-      damaged, found = error, None
-    if found is not None:
-      state, meta = found
-      logging.info('Goes on from step %d (%s).', int(state.step), runs[i].name)
-      return i, state, meta['seconds']
-  if damaged:
-    raise damaged
+  newest_first = list(reversed(range(len(runs))))
+  found = checkpoint.restore_first([
+      (_checkpoints(folder, i), runs[i].state_shapes) for i in newest_first])
+  if found is not None:
+    place, state, meta = found
+    stage = newest_first[place]
+    logging.info('Goes on from step %d (%s).', int(state.step),
+                 runs[stage].name)
+    return stage, state, meta['seconds']
   run = runs[0]
   params = run.load_params()
   zero = lambda: run.replicate(np.int32(0))

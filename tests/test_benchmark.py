@@ -186,7 +186,8 @@ def test_the_picture_and_the_table(straight, capsys):
 
 
 @pytest.mark.parametrize('overrides', [
-    {'batch_size': 16, 'group_size': 1}, {'group_size': 4}], ids=str)
+    {'batch_size': 16, 'group_size': 1}, {'group_size': 4, 'num_slots': 8}],
+                         ids=str)
 def test_batches_decide_nothing(straight, model_folder, tmp_path, overrides):
   folder, found = straight
   again = benchmark.benchmark(make_config(
@@ -321,6 +322,9 @@ def test_a_base_run_of_another_protocol(straight, model_folder, tmp_path,
     ({'temperature': math.nan}, 'temperature nan'),
     ({'max_completion_length': 0}, 'max_completion_length 0'),
     ({'group_size': 0}, 'group_size 0'),
+    ({'num_slots': -1}, 'num_slots -1'),
+    ({'cache_share': 1.0}, 'cache_share 1.0'),
+    ({'cache_dtype': 'int4'}, "cache_dtype 'int4'.*'int8'"),
     ({'max_prompt_length': 9}, "'more'.*slots hold 9"),
     ({'template': 'no question'}, 'template'),
     ({'benchmarks__sums__num_samples': 0}, 'benchmarks.sums.num_samples 0'),

@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,21 @@ def test_samples_show_prompt_completion_and_verdict(straight):
              for row in rows if row['stage'] == 'internalisation')
 
 
+def test_a_held_out_completion_may_be_longer_than_those_of_training(
+    make_config, caplog):
+  """Slots are counted for the longer, and nothing is forced on it."""
+  config = make_config(rollout__forced__first='a', rollout__forced__end='b',
+                       rollout__forced__wait='c')
+  slots = lambda: int(re.findall(r'once; (\d+) fit', caplog.text)[-1])
+  with caplog.at_level(logging.INFO, logger='absl'):
+    build.build('short', config)
+    few = slots()
+    config.eval.max_completion_length = 1000
+    run = build.build('long', config)
+  assert few > 2 * slots()
+  assert np.all(run.sample.keywords['forced'].most > 1000)
+
+
 class Stop(Exception):
   """Stands for a process that ends."""
 
@@ -194,7 +210,9 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   assert fingerprints(tmp_path) == fingerprints(straight)
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
   # A stage whose checkpoints are all damaged starts again.
-  for part in (tmp_path / 'checkpoints' / '1').glob('*/state/**/d/*'):
+  parts = list((tmp_path / 'checkpoints' / '1').glob('*/state/**/d/*'))
+  assert parts
+  for part in parts:
     part.write_bytes(b'')
   train.train_and_evaluate(make_config(), str(tmp_path))
   assert fingerprints(tmp_path) == fingerprints(straight)
