@@ -97,8 +97,13 @@ def test_old_log_probs_may_be_the_given_ones(logprobs, batch, name):
                **SETTINGS[name]), rtol=1e-6)
 
 
+@pytest.mark.parametrize('muted', [False, True])
 @pytest.mark.parametrize('name', ['gspo', 'cispo'])
-def test_packed_rows_have_the_same_sums(logprobs, batch, name):
+def test_packed_rows_have_the_same_sums(logprobs, batch, name, muted):
+  if muted:  # an advantage a token
+    trained = np.random.default_rng(8).random((B, T)) < 0.6
+    batch = batch.replace(advantages=jnp.where(
+        trained, batch.advantages[:, None], 0.0))
   lengths = (np.asarray(batch.rollout.prompt_mask).sum(-1) +
              np.asarray(batch.rollout.completion_mask).sum(-1))
   plan = packing.plan(lengths, most_slots=L + T, microbatch_size=1)
