@@ -30,6 +30,7 @@ from lapo_jax import (
   cases,
   checks,
   costs,
+  forcing,
   plugins,
   sharding,
 )
@@ -78,6 +79,8 @@ def report(config: ml_collections.ConfigDict, topology: str,
       key: value for key, value in config.reward.items() if key != 'name'})
   found = programs_lib.make(
       config, model, mesh, eos_ids=(0,), pad_id=0, memory=chip.memory,
+      # Which tokens they are is no matter.
+      forced_words=forcing.Words(0, 0) if checks.forces(config) else None,
       reward_shapes=checks.reward(config, reward, _PROBLEMS))
   sampler = cases.sampler(config, found, found.sampler['num_slots'])
   programs = {name: measure(case, name) for name, case in (

@@ -128,11 +128,11 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
                              (config.reward.name, reward_settings),
                              **config.grader)
 
-  found = programs.make(config, model, mesh, eos_ids=tokenizer.eos_ids,
-                        pad_id=tokenizer.pad_id, reward_shapes=reward_shapes)
   words, limits = _forcing(config, tokenizer)
-  make_sample = functools.partial(sampling.make_sample_fn, **found.sampler,
-                                  forced_words=words)
+  found = programs.make(config, model, mesh, eos_ids=tokenizer.eos_ids,
+                        pad_id=tokenizer.pad_id, reward_shapes=reward_shapes,
+                        forced_words=words)
+  make_sample = functools.partial(sampling.make_sample_fn, **found.sampler)
   group = lambda grades: {name: ops.to_groups(x, config.rollout.group_size)
                          for name, x in grades.items()}
   # From where the sampler has its rows.
@@ -173,11 +173,11 @@ def _forcing(
     config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[forcing.Words | None, forcing.Limits | None]:
   """What the sampler writes by itself, and on which completions."""
+  if not checks.forces(config):
+    return None, None
   first, share, end, wait, least, most = (
       config.rollout.forced[key] for key in (
           'first', 'first_share', 'end', 'wait', 'least', 'most'))
-  if not (first or least or most):
-    return None, None
   size = config.rollout.group_size
   member = np.arange(config.rollout.num_prompts * size) % size
   limits = forcing.Limits(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lapo_jax import checks, sampling, sharding, slots, types
+from lapo_jax import checks, forcing, sampling, sharding, slots, types
+from lapo_jax import layout as layout_lib
 from lapo_jax import programs as programs_lib
 
 
@@ -74,8 +75,9 @@ def sampler(config: ml_collections.ConfigDict, found: programs_lib.Programs,
   numbers = [jax.ShapeDtypeStruct(
       (config.rollout.num_prompts * group_size,), dtype) for dtype in (
           jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
+  limits = settings['forced_words'] and forcing.Limits(*[numbers[-1]] * 3)
   tokens, job, kind, _ = jax.eval_shape(
-      programs.begin, _prompts(config, prompt_places), key, *numbers)
+      programs.begin, _prompts(config, prompt_places), key, *numbers, limits)
   tokens, job = _placed((tokens, job), batch)
   kind = _placed(kind, sharding.replicated(batch.mesh))
 
@@ -129,8 +131,8 @@ def trainer(config: ml_collections.ConfigDict, found: programs_lib.Programs,
             mesh: jax.sharding.Mesh) -> dict[str, Case]:
   """`update`, and `score` where the config asks for it.
 
-  Rows are neither packed nor cut to lengths of their own: at the worst no two
-  completions share one.
+  At the worst the short completions of `updates.short_share` are as long as
+  the others, and no two share a row that `updates.pack` makes.
   """
   rollout, batch = config.rollout, sharding.batch(mesh)
   rows, cap = (rollout.num_prompts * rollout.group_size,
@@ -156,11 +158,12 @@ def trainer(config: ml_collections.ConfigDict, found: programs_lib.Programs,
   part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       (x.shape[0] // config.updates.num_minibatches, *x.shape[1:]), x.dtype,
       sharding=batch), whole)
-  cases = {'update': Case(found.update, (state, part), (kept, whole))}
+  laid = lambda batch_: _laid(found.layout, batch_, batch)
+  cases = {'update': Case(found.update, (state, laid(part)), (kept, whole))}
   if off_policy or compared:
     # One program for both policies, which is given one of them.
     other = state.params if compared else ()
-    cases['score'] = Case(found.score, (state.params, whole.rollout),
+    cases['score'] = Case(found.score, (state.params, laid(whole).rollout),
                           (state.opt_state, other, whole))
   return cases
 
@@ -185,6 +188,16 @@ def device_bytes(tree: Any) -> int:
   """Bytes of arrays on one device, given their shapes and places."""
   return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
              for x in jax.tree.leaves(tree))
+
+
+def _laid(layout: layout_lib.Layout, batch: Any, place: Any) -> Any:
+  """Shapes of a batch as score and update take it."""
+  if not layout.packs:
+    return batch
+  rows, prompt = batch.rollout.prompt_mask.shape
+  completion = batch.rollout.completion_mask.shape[1]
+  plan = layout.plan(batch, np.full((rows, 2), (prompt, completion)))
+  return _placed(jax.eval_shape(layout.pack, batch, plan), place)
 
 
 def _prompts(config: ml_collections.ConfigDict,

@@ -51,6 +51,12 @@ def updates_per_batch(config: ml_collections.ConfigDict) -> int:
   return config.updates.num_epochs * config.updates.num_minibatches
 
 
+def forces(config: ml_collections.ConfigDict) -> bool:
+  """Whether the sampler may write tokens by itself, see `forcing`."""
+  forced = config.rollout.forced
+  return bool(forced.first or forced.least or forced.most)
+
+
 def choices(config: ml_collections.ConfigDict) -> None:
   """Checks words and numbers that otherwise only a program would read."""
   for key, legal in (('advantage.baseline', advantages.BASELINES),

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     """What `score` gives for the batch's rollout, float32 [B, T]."""
     if not self.packs:
       return score(batch.rollout)
-    plan = self._plan(batch, lengths)
+    plan = self.plan(batch, lengths)
     packed = self.pack(batch, plan)
     return self.unpack(score(packed.rollout), batch.rollout, plan)
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
               ) -> types.Batch | tuple[types.Batch, types.Batch]:
     """The batch as the update takes it; `lengths` are its rows'."""
     if self.packs:
-      return self.pack(batch, self._plan(batch, lengths))
+      return self.pack(batch, self.plan(batch, lengths))
     slots = batch.rollout.completion_mask.shape[1]
     size = self.microbatch_size
     num_short = int(self.short_share * len(lengths)) // size * size
@@ -57,7 +57,8 @@ class Layout(NamedTuple):
       return batch
     return self.split(batch, num_short, short_slots)
 
-  def _plan(self, batch, lengths):
+  def plan(self, batch: types.Batch, lengths: np.ndarray) -> packing.Plan:
+    """Where each completion of the batch lies when packed."""
     rollout = batch.rollout
     return packing.plan(
         lengths.sum(axis=1), microbatch_size=self.microbatch_size,

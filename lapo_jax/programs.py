@@ -16,6 +16,7 @@ import optax
 
 from lapo_jax import (
     checks,
+    forcing,
     grpo,
     hosts,
     plugins,
@@ -75,7 +76,8 @@ def make_mesh(config: ml_collections.ConfigDict,
 
 def make(config: ml_collections.ConfigDict, model: Any,
          mesh: jax.sharding.Mesh, *, eos_ids: Sequence[int], pad_id: int,
-         reward_shapes: Any, memory: int | None = None) -> Programs:
+         reward_shapes: Any, forced_words: forcing.Words | None = None,
+    memory: int | None = None) -> Programs:
   """The programs of a stage.
 
   Args:
@@ -85,6 +87,7 @@ def make(config: ml_collections.ConfigDict, model: Any,
     eos_ids: the stop tokens.
     pad_id: fills what follows one.
     reward_shapes: of the method's memory.
+    forced_words: see `sampling.make_sample_fn`.
     memory: bytes of each device, None = as it says itself.
   """
   batch, replicated = sharding.batch(mesh), sharding.replicated(mesh)
@@ -127,6 +130,7 @@ def make(config: ml_collections.ConfigDict, model: Any,
           asked=rollout.num_prompts * rollout.group_size),
       'cache_dtype': rollout.cache_dtype,
       'backend': _backend(mesh),
+      'forced_words': forced_words,
       'max_completion_length': rollout.max_completion_length,
       'shardings': (sampler_shardings, prompt_places(mesh),
                     sharding.sampling_batch(mesh))}

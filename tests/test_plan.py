@@ -154,7 +154,7 @@ def test_the_bytes_of_a_device():
 _CALL = """
 import json, sys
 import jax, ml_collections
-from lapo_jax import ahead, cases
+from lapo_jax import ahead, cases, checks, forcing
 from lapo_jax import programs as programs_lib
 
 config = ml_collections.ConfigDict(json.load(sys.stdin))
@@ -179,6 +179,23 @@ config.updates.offload_reference = True
 away = cases.device_bytes(cases.sampler(config, found, 8).cases[
     'decode'].beside)
 assert here - away == cases.device_bytes(found.state_shapes.params) > 0
+
+# Packed rows have one prompt slot; forced words are part of the state.
+config.updates.pack = True
+config.rollout.forced.most = 8
+assert checks.forces(config)
+found = programs_lib.make(config, ahead.read_model(config), mesh, eos_ids=(0,),
+                          pad_id=0, reward_shapes=(),
+                          forced_words=forcing.Words(0, 0))
+sampler = cases.sampler(config, found, 8)
+assert sampler.cases['decode'].arguments[-1].forced.shape == (32, 16)
+called = sampler.cases | cases.trainer(config, found, mesh)
+results = {name: jax.eval_shape(case.function, *case.arguments)
+           for name, case in called.items()}
+slots = config.rollout.max_prompt_length + 16
+assert results['score'].shape == (32, slots - 1)
+# Two microbatches are the fewest that packing makes.
+assert called['update'].arguments[1].rollout.segments.shape == (32, slots)
 """
 
 
