@@ -85,6 +85,7 @@ def benchmark(config: ml_collections.ConfigDict,
   Raises:
     ValueError: a setting that does not fit, or a folder of another
       evaluation; nothing has been computed or written.
+    hosts.Stopped: one of several hosts was sent SIGTERM.
   """
   return run(prepare(config, workdir))
 
@@ -153,7 +154,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   done = log.done([(chunk.work.key, chunk.problems, range(
       chunk.first, chunk.first + evaluation.group_size)) for chunk in chunks])
   bar = wording.progress(len(chunks), int(done.sum()), 'eval')
-  params = None
+  params, left = None, int((~done).sum())
   for work in evaluation.passes:
     with work.grader:
       for chunk, old in zip(chunks, done, strict=True):
@@ -164,6 +165,11 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
           params = evaluation.load_params()
         log.append(work.key, *_sample_and_grade(evaluation, params, chunk))
         bar.update()
+        left -= 1
+        if hosts.asked_to_stop(len(chunks) - left) and left:
+          raise hosts.Stopped(
+              f'asked to end with {left} of {len(chunks)} chunks left: the '
+              'same command, on all hosts again, goes on from there.')
     if jax.process_index() == 0:
       rows = log.rows(work.key, work.problems, work.num_samples)
       logging.info('%s', scores.line(work.label, scores.of_rows(rows)))

@@ -50,6 +50,10 @@ class ElsewhereError(ValueError):
   """Another host has found a mistake; its text is in the message."""
 
 
+class Stopped(RuntimeError):
+  """The hosts were asked to end; what is done has been saved."""
+
+
 class NotFoundError(RuntimeError):
   """The other hosts do not answer, or not yet."""
 
@@ -177,7 +181,7 @@ def software() -> dict[str, Any]:
 def asked_to_stop(step: int) -> bool:
   """Whether all hosts end after this step: one of them was sent SIGTERM.
 
-  Called after every step. JAX tells the others and chooses the step, a few
+  Called after every step, or chunk of an evaluation. JAX tells the others and chooses the step, a few
   ahead of the signal. One process alone is ended by the signal itself.
   """
   return (jax.process_count() > 1 and

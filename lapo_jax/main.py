@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
   except (train.TrainingError, checkpoint.DamagedError,
           grader.GradingError) as error:
     stop(error)
-  except train.Stopped as error:
+  except hosts.Stopped as error:
     stop(error, 128 + signal.SIGTERM)
   except KeyboardInterrupt as error:
     _interrupted(error, 'the same command goes on from what is saved')

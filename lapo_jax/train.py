@@ -44,10 +44,6 @@ class TrainingError(RuntimeError):
   """Training broke down; the message says what to change."""
 
 
-class Stopped(RuntimeError):
-  """The hosts were asked to end; what is done has been saved."""
-
-
 def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
                 last_step: int, writer: metrics.Writer,
                 save: Callable) -> types.TrainState:
@@ -55,7 +51,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
 
   Raises:
     TrainingError: several updates in a row were not finite.
-    Stopped: one of several hosts was sent SIGTERM.
+    hosts.Stopped: one of several hosts was sent SIGTERM.
   """
   config = run.config
   on_policy = checks.updates_per_batch(config) == 1
@@ -124,8 +120,9 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
                               last=last_step - 1):
       save(state, reached and reached['accuracy'])
     if asked:
-      raise Stopped(f'asked to end after step {step}, which is saved: the '
-                    'same command, on all hosts again, goes on from there.')
+      raise hosts.Stopped(
+          f'asked to end after step {step}, which is saved: the same '
+          'command, on all hosts again, goes on from there.')
 
   bar.close()
   return state
@@ -147,7 +144,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict,
     ValueError: a setting that does not fit, or a folder of another run;
       nothing has been computed or written.
     TrainingError: training broke down.
-    Stopped: one of several hosts was sent SIGTERM.
+    hosts.Stopped: one of several hosts was sent SIGTERM.
   """
   return train(prepare(config, workdir), workdir)
 

@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 
 from configs import benchmarks as benchmarks_config
-from lapo_jax import benchmark, eval_folder, protocol, sampling, scores
+from lapo_jax import (
+    benchmark,
+    eval_folder,
+    hosts,
+    protocol,
+    sampling,
+    scores,
+)
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _TOY = {'task': 'toys.task'}
@@ -247,10 +254,18 @@ def test_a_killed_evaluation_ends_with_the_same_scores(
   whole = whole[:whole.rfind(b'\n') + 1]
   before = whole.count(b'\n')
   total = len(lines(folder))
-  assert 2 <= before < total  # or the kill came too late to test anything
+  assert 2 <= before < total - 1  # or the kill came too late to test anything
   assert not (tmp_path / 'eval.json').exists()
   # As if the kill had hit the middle of a write.
   log.write_bytes(whole + b'{"benchmark": "sums", "budg')
+
+  # Asked to end, as one of several hosts may be: after a chunk that is kept.
+  left = total - before - 1
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(hosts, 'asked_to_stop', lambda number: number == before + 1)
+    with pytest.raises(hosts.Stopped, match=f'{left} of {total} chunks left'):
+      benchmark.benchmark(make_config(model_folder), str(tmp_path))
+  assert log.read_bytes().count(b'\n') == before + 1
 
   again = benchmark.benchmark(make_config(model_folder), str(tmp_path))
   assert timeless(again) == timeless(found)

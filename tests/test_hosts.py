@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -108,7 +109,7 @@ def went_on(killed, tmp_path_factory, model_folder, compile_cache):
     if num_hosts not in known:
       folder = tmp_path_factory.mktemp(f'on-{num_hosts}') / 'run'
       shutil.copytree(killed[0], folder)
-      for later in (_STEP + 1, _STEP + 2):
+      for later in range(_STEP + 1, 9):
         if saved(folder, later):
           shutil.rmtree(saved(folder, later))
       for file in folder.glob('step-*'):
@@ -119,10 +120,14 @@ def went_on(killed, tmp_path_factory, model_folder, compile_cache):
         return folder
       with start(num_hosts, model_folder, folder, compile_cache) as processes:
         wait_for(folder, _STEP + 1, processes)
-        if num_hosts > 2:
-          return folder  # the rest is as for two
+        # Later ones take its place.
+        (folder / 'leaves.json').write_text(
+            json.dumps(fingerprints(folder, _STEP + 1)))
+        if num_hosts > 2:  # the rest is as for two
+          processes[-1].terminate()
         for i, process in enumerate(processes):
-          assert process.wait(_PATIENCE) == 0, said(folder, i)
+          expected = 128 + signal.SIGTERM if num_hosts > 2 else 0
+          assert process.wait(_PATIENCE) == expected, said(folder, i)
     return known[num_hosts]
 
   return go_on
@@ -136,7 +141,7 @@ def _here(model_folder, folder):
     patch.setattr(programs, 'make_optimizer', host.make_optimizer)
     patch.setattr(hosts, 'asked_to_stop', lambda step: step == _STEP)
     runs = host.prepare(config, str(folder))
-    with pytest.raises(train.Stopped, match='step 2, which is saved'):
+    with pytest.raises(hosts.Stopped, match='step 2, which is saved'):
       train.train(runs, str(folder))
 
 
@@ -155,14 +160,24 @@ def test_a_dead_host_ends_the_others_with_a_line(killed):
 
 def test_started_again_they_end_with_the_same_bits(killed, went_on):
   folder = went_on(2)
-  assert fingerprints(folder, _STEP + 1) == fingerprints(killed[0], _STEP + 1)
-  assert saved(folder, _STEP + 2) and (folder / 'summary.png').exists()
+  found = json.loads((folder / 'leaves.json').read_text())
+  assert found == fingerprints(killed[0], _STEP + 1)
+  assert saved(folder, 8) and (folder / 'summary.png').exists()
   # The table is printed once, and every step logged once.
   assert 'Written: ' in said(folder, 0) and 'Written: ' not in said(folder, 1)
   steps = [json.loads(line)['step'] for line in
            (folder / 'metrics.jsonl').read_text().splitlines()
            if 'update/loss' in line]
-  assert steps == [0, 1, 2, 3]
+  assert steps == list(range(8))
+
+
+def test_a_signal_to_one_host_ends_all_after_a_step_that_is_saved(went_on):
+  folder = went_on(4)
+  for i in range(4):
+    told = re.search(rf'lapo_jax: host {i} of 4: asked to end after step (\d), '
+                     'which is saved', said(folder, i))
+    assert told and saved(folder, int(told[1]) + 1), said(folder, i)
+    assert int(told[1]) < 7 and not saved(folder, int(told[1]) + 2)
 
 
 @pytest.mark.parametrize('num_hosts', [1, 2, 4])

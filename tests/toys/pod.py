@@ -6,7 +6,7 @@ from toys import config as toy
 
 def get_config(argument='accuracy'):
   config = toy.get_config(argument)
-  config.total_steps = 4
+  config.total_steps = 8
   config.rollout.update(group_size=2, grade_ahead=True)
   config.checkpoint_every = 1
   config.eval_every = config.updates.short_share = 0
