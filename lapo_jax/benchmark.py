@@ -69,6 +69,7 @@ class Evaluation(NamedTuple):
   load_params: Callable
   problems: dict[str, str]
   base: dict[str, Any] | None
+  log: eval_folder.Log | None
 
 
 def benchmark(config: ml_collections.ConfigDict,
@@ -135,7 +136,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
           shardings=(param_places, places, rows)),
       load_params=lambda: family.load(config.model.path, model, param_places),
       problems={p.name: p.fingerprint() for p in passes if not p.budget},
-      base=None)
+      base=None, log=None)
   for chunk in evaluation.chunks:  # a prompt that does not fit is found now
     if not chunk.first:
       _prompts(evaluation, chunk)
@@ -144,13 +145,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
   workdir_lib.claim(
       evaluation.workdir, {'config.json': json.loads(config.to_json()),
                            'data.json': evaluation.problems}, _FREE_KEYS)
-  return evaluation._replace(base=base)
+  return evaluation._replace(base=base,
+                             log=eval_folder.Log(evaluation.workdir))
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Samples and grades what is left, then scores; see `benchmark`."""
-  log = eval_folder.Log(evaluation.workdir)
-  chunks = evaluation.chunks
+  log, chunks = evaluation.log, evaluation.chunks
   done = log.done([(chunk.work.key, chunk.problems, range(
       chunk.first, chunk.first + evaluation.group_size)) for chunk in chunks])
   bar = wording.progress(len(chunks), int(done.sum()), 'eval')
@@ -295,6 +296,8 @@ def _check(config: ml_collections.ConfigDict, parts: int) -> None:
                      ('conflict.num_samples', 1)):
     if not config[key] >= least:
       raise ValueError(f'{key} {config[key]}: expected at least {least}.')
+  if config.seed >= 2**32:
+    raise ValueError(f'seed {config.seed}: expected less than 2**32.')
   if not 0 < config.top_p <= 1:
     raise ValueError(f'top_p {config.top_p}: expected more than 0 and at most '
                      '1, which is all tokens.')

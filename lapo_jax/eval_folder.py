@@ -24,7 +24,11 @@ class Log:
   """chunks.jsonl; a line is on disk when `append` returns."""
 
   def __init__(self, folder: pathlib.Path):
-    """Reads the lines, and cuts off one that a kill has torn."""
+    """Reads the lines, and cuts off one that a kill has torn.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
     self._active = jax.process_index() == 0
     self._rows: dict[Key, dict[tuple[int, int], scores.Row]] = {}
     self._seconds: dict[Key, np.ndarray] = {}
@@ -35,8 +39,13 @@ class Log:
     whole = text[:text.rfind(b'\n') + 1]
     if whole != text:
       os.truncate(self._path, len(whole))
-    for line in whole.splitlines():
-      self._take(**json.loads(line))
+    for number, line in enumerate(whole.splitlines(), 1):
+      try:
+        self._take(**json.loads(line))
+      except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'{self._path}, line {number}: expected a chunk as it was written: '
+            f'{error}. Delete the line, and it is done again.') from error
 
   def done(self, wanted: Iterable[tuple[Key, np.ndarray, range]]) -> np.ndarray:
     """Whether all rows of each (pass, problems, samples) are here, bool [n].

@@ -181,8 +181,9 @@ def software() -> dict[str, Any]:
 def asked_to_stop(step: int) -> bool:
   """Whether all hosts end after this step: one of them was sent SIGTERM.
 
-  Called after every step, or chunk of an evaluation. JAX tells the others and chooses the step, a few
-  ahead of the signal. One process alone is ended by the signal itself.
+  Called after every step, or chunk of an evaluation. JAX tells the others and
+  chooses the step, a few ahead of the signal. One process alone is ended by
+  the signal itself.
   """
   return (jax.process_count() > 1 and
           multihost_utils.reached_preemption_sync_point(step))

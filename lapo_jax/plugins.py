@@ -48,7 +48,8 @@ def make(kind: str, name: str, **kwargs) -> Any:
   """Calls the plug-in's `make`.
 
   Raises:
-    ValueError: unknown plug-in, or an argument that its `make` lacks.
+    ValueError: unknown plug-in, an argument that its `make` lacks, or nothing
+      is made.
   """
   make_fn = module(kind, name).make
   known = inspect.signature(make_fn).parameters
@@ -56,7 +57,10 @@ def make(kind: str, name: str, **kwargs) -> Any:
   if unknown:
     raise ValueError(f'{kind} {name!r} has no setting {unknown}: expected '
                      f'some of {sorted(known)}.')
-  return make_fn(**kwargs)
+  made = make_fn(**kwargs)
+  if made is None:
+    raise ValueError(f'{kind} {name!r}: its `make` returns nothing.')
+  return made
 
 
 def defaults(kind: str, name: str) -> dict[str, Any]:

@@ -61,13 +61,19 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
 
 def resume(runs: list[build.Run],
            folder: pathlib.Path) -> tuple[int, types.TrainState, float]:
-  """(stage, state, seconds spent) of the newest checkpoint, or of a start."""
+  """(stage, state, seconds spent) of the newest checkpoint, or of a start.
+
+  Raises:
+    checkpoint.DamagedError: nothing that was saved can be read, or not what
+      the stages before have reached.
+  """
   newest_first = list(reversed(range(len(runs))))
   found = checkpoint.restore_first([
       (_checkpoints(folder, i), runs[i].state_shapes) for i in newest_first])
   if found is not None:
     place, state, meta = found
     stage = newest_first[place]
+    hosts.from_first(lambda: records(folder, stage + 1) and None)
     logging.info('Goes on from step %d (%s).', int(state.step),
                  runs[stage].name)
     return stage, state, meta['seconds']
@@ -127,8 +133,7 @@ def record(folder: pathlib.Path, writer: metrics.Writer, first_step: int,
            steps: int) -> None:
   """Evaluates at a stage's end, once: the summary's row of this stage."""
   file = _record_file(folder, number)
-  found = hosts.from_first(
-      lambda: json.loads(file.read_text()) if file.exists() else None)
+  found = hosts.from_first(lambda: _read(file) if file.exists() else None)
   if found is None:
     with run.grader:
       found = evaluate(run, params)
@@ -144,9 +149,12 @@ def record(folder: pathlib.Path, writer: metrics.Writer, first_step: int,
 
 
 def records(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
-  """The rows of the summary: the base, then each stage."""
-  return [json.loads(_record_file(folder, i).read_text())
-          for i in range(count)]
+  """The rows of the summary: the base, then each stage.
+
+  Raises:
+    checkpoint.DamagedError: one of them is not what was written.
+  """
+  return [_read(_record_file(folder, i)) for i in range(count)]
 
 
 def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
@@ -156,6 +164,15 @@ def evaluate(run: build.Run, params: Any) -> evaluate_lib.Found:
                '%.1f %%', run.name, 100 * found['accuracy'],
                found['mean_tokens'], 100 * found['truncated'])
   return found
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(file.read_text())
+  except (OSError, ValueError) as error:
+    raise checkpoint.DamagedError(
+        f'{file}: expected what the run has written there, for its summary: '
+        f'{error}. Put it back, or start in another --workdir.') from error
 
 
 def _checkpoints(folder: pathlib.Path, stage: int) -> pathlib.Path:

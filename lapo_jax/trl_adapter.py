@@ -124,9 +124,9 @@ class RewardFunction:
     self._check_groups(prompts)
     starts = range(0, len(prompts), self._group_size)
     grades = self._grades(prompts, completions, completion_ids, columns)
-    indices = self._column(columns, 'index', len(prompts), self._has_ids)
-    targets = self._column(columns, 'target_lengths', len(prompts),
-                           self._has_numbers)
+    indices = self._of_groups(columns, 'index', len(prompts), self._has_ids)
+    targets = self._of_groups(columns, 'target_lengths', len(prompts),
+                              self._has_numbers)
     if self._has_ids and not all(0 <= i < self._num_examples for i in indices):
       raise ValueError(f'index {min(indices)} to {max(indices)}: expected '
                        f'problem ids of 0 to {self._num_examples - 1}.')
@@ -192,6 +192,16 @@ class RewardFunction:
       raise ValueError(f'{self._name} needs a column `{name}`: got '
                        f'{sorted(columns)}.')
     return list(columns[name])
+
+  def _of_groups(self, columns, name, count, is_needed):
+    """A column that says the same of all completions of a prompt."""
+    values = self._column(columns, name, count, is_needed)
+    for b, value in enumerate(values):
+      first = values[b - b % self._group_size]
+      if value != first:
+        raise ValueError(f'{name} is {first} and {value} for completions of '
+                         'one prompt: expected one number.')
+    return values
 
   def _check_groups(self, prompts):
     size = self._group_size

@@ -296,6 +296,10 @@ def test_a_line_is_whole_or_absent(tmp_path):
     assert (tmp_path / 'chunks.jsonl').read_bytes().count(b'\n') == kept
   assert log.rows(('a', 0), np.array([], int), 1) == []
   assert log.seconds(('a', 0)) == {'sample': 1.0, 'grade': 0.5}
+  for broken in (b'{"bench"\n', b'3\n', b'{"rows": []}\n'):
+    (tmp_path / 'chunks.jsonl').write_bytes(text + broken)
+    with pytest.raises(ValueError, match=r'chunks\.jsonl, line 3: expected'):
+      eval_folder.Log(tmp_path)
 
 
 # ---- Beside a base run.
@@ -337,7 +341,7 @@ def test_a_base_run_of_another_protocol(straight, model_folder, tmp_path,
     ({'temperature': math.nan}, 'temperature nan'),
     ({'max_completion_length': 0}, 'max_completion_length 0'),
     ({'group_size': 0}, 'group_size 0'),
-    ({'num_slots': -1}, 'num_slots -1'),
+    ({'num_slots': -1}, 'num_slots -1'), ({'seed': 2**32}, 'less than 2..32'),
     ({'cache_share': 1.0}, 'cache_share 1.0'),
     ({'cache_dtype': 'int4'}, "cache_dtype 'int4'.*'int8'"),
     ({'max_prompt_length': 9}, "'more'.*slots hold 9"),

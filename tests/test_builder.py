@@ -245,6 +245,16 @@ def test_a_build_that_dies_leaves_nothing(prepare, tmp_path, monkeypatch):
   assert len(prepare(_lines(_ROWS)).problems()) == 3
 
 
+@pytest.mark.parametrize('file', ['summary.json', 'problems/1.0.0/*.array*'])
+def test_a_damaged_cache_is_named(prepare, tmp_path, file):
+  prepare(_lines(_ROWS))
+  [there] = (tmp_path / 'cache').glob(f'*/{file}')
+  there.write_bytes(there.read_bytes()[:-3])
+  with pytest.raises(ValueError, match='data cache .*/cache/.* is damaged .*: '
+                                       'delete it'):
+    prepare(_lines(_ROWS)).problems()
+
+
 def test_the_first_of_two_builds_wins(tmp_path):
   for word in ('first', 'second'):
     _builder.write(tmp_path / 'cache' / 'x', [{'a': word}], {'a': word})

@@ -61,6 +61,13 @@ def test_a_module_without_make_is_no_plugin():
     plugins.module('rewards', 'lapo_jax.ops')
 
 
+def test_a_make_that_returns_nothing(tmp_path, write):
+  (tmp_path / 'empty_lab').mkdir()
+  write('empty_lab/nothing', 'def make(): pass')
+  with pytest.raises(ValueError, match="'empty_lab.nothing'.*returns nothing"):
+    plugins.make('rewards', 'empty_lab.nothing')
+
+
 def test_a_dotted_name_lives_anywhere(tmp_path, write):
   (tmp_path / 'my_lab').mkdir()
   write('my_lab/my_reward', """

@@ -217,6 +217,10 @@ def test_stop_and_resume_end_with_the_same_bits(straight, make_config,
   train.train_and_evaluate(make_config(), str(tmp_path))
   assert fingerprints(tmp_path) == fingerprints(straight)
   assert timeless(lines(tmp_path)) == timeless(lines(straight))
+  # What the base reached cannot be found again: not with these parameters.
+  (tmp_path / 'stages' / '0.json').write_text('{')
+  with pytest.raises(checkpoint.DamagedError, match='stages/0.json: expected'):
+    train.train_and_evaluate(make_config(), str(tmp_path))
 
 
 def test_every_seed_stream_and_step_has_random_numbers_of_its_own():

@@ -157,6 +157,9 @@ def test_what_is_missing_is_named():
     make('hapo')
   with pytest.raises(ValueError, match=r"needs a column `index`.*\['correct'"):
     call(make('hapo', num_examples=3), four, correct=[1] * G)
+  with pytest.raises(ValueError, match='index is 1 and 2 for.*one prompt'):
+    call(make('hapo', num_examples=3), four, correct=[1] * G,
+         index=[1, 2, 1, 1])
   with pytest.raises(ValueError, match='index 3 to 3.*0 to 2'):
     call(make('hapo', num_examples=3), four, correct=[1] * G, index=[3] * G)
   with pytest.raises(ValueError, match='l1 needs a column `target_lengths`'):

@@ -84,18 +84,38 @@ def write(folder: pathlib.Path, records: list[Record],
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """The summary that was written with the records."""
-  return json.loads((folder / _SUMMARY).read_text())
+  """The summary that was written with the records.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  with _whole(folder):
+    return json.loads((folder / _SUMMARY).read_text())
 
 
 def read(folder: pathlib.Path) -> list[Record]:
-  """The records, in the order in which they were written."""
-  with _quiet_tfds() as tfds:
+  """The records, in the order in which they were written.
+
+  Raises:
+    ValueError: they are damaged.
+  """
+  with _whole(folder), _quiet_tfds() as tfds:
     builder = tfds.builder_from_directory(folder / _NAME / _VERSION)
     source = builder.as_data_source(split=_SPLIT)
     found = source.__getitems__(range(len(source)))
-  return [{name: value.decode() for name, value in record.items()}
-          for record in found]
+    return [{name: value.decode() for name, value in record.items()}
+            for record in found]
+
+
+@contextlib.contextmanager
+def _whole(folder: pathlib.Path) -> Iterator[None]:
+  """Names the folder if what it holds cannot be read."""
+  try:
+    yield
+  except Exception as error:  # whatever tensorflow-datasets raises
+    raise ValueError(
+        f'the data cache {folder} is damaged ({" ".join(str(error).split())}): '
+        'delete it, and it is made again.') from error
 
 
 @functools.cache
