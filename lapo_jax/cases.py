@@ -67,7 +67,11 @@ def sampler(config: ml_collections.ConfigDict, found: programs_lib.Programs,
   params = _placed(jax.eval_shape(found.to_sampler, state.params), places)
 
   # What one program hands to the next.
-  follow = lambda f, *args: _placed(jax.eval_shape(f, *args), batch)
+  def follow(f, *args):
+    shapes = jax.eval_shape(f, *args)
+    return _placed(shapes, batch).replace(
+        pages=_placed(shapes.pages, programs.pages))
+
   plan = lambda numbers: _placed(jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((math.prod(x.shape[:2]), *x.shape[2:]),
                                      jnp.int32), numbers), batch)

@@ -148,7 +148,8 @@ def step_work(model: Any, shape: Shape) -> dict[str, Work]:
   steps = -(-own_rows // own_slots) * mean
   # On average a completion is half done.
   seen = mean / 2 + (prompt if shape.pooled else prompt / shape.group_size)
-  cache = own_slots * seen * paging.token_bytes(
+  cut = shape.tensor if model.num_kv_heads % shape.tensor == 0 else 1
+  cache = own_slots * seen / cut * paging.token_bytes(
       *model.cache_shape(), shape.cache_dtype)
   decode = forward_flops(model, rows * mean,
                          rows * mean * (prompt + mean / 2), rows * mean)

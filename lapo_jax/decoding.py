@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from lapo_jax import draws, forcing, ops, paging, pools, slots
+from lapo_jax import draws, forcing, ops, paging, pools, slots, types
 from lapo_jax.prefilling import Active, Setup
 
 # Steps until the host looks in, at the most.
-_CHUNK = 64
+CHUNK = 64
 
 
 @flax.struct.dataclass
@@ -76,21 +76,21 @@ class State:
     counts: int32 [1, 2], steps done, and busy slots in them, summed.
   """
 
-  row: jax.Array
-  t: jax.Array
-  page: jax.Array
-  hidden: jax.Array
-  next: jax.Array
-  owner: jax.Array
-  base: jax.Array
-  table: jax.Array
-  pages: tuple
-  tokens: jax.Array
-  logprobs: jax.Array
-  thinking: jax.Array
-  forced: jax.Array
-  lengths: jax.Array
-  counts: jax.Array
+  row: types.Leaf
+  t: types.Leaf
+  page: types.Leaf
+  hidden: types.Leaf
+  next: types.Leaf
+  owner: types.Leaf
+  base: types.Leaf
+  table: types.Leaf
+  pages: types.Leaf
+  tokens: types.Leaf
+  logprobs: types.Leaf
+  thinking: types.Leaf
+  forced: types.Leaf
+  lengths: types.Leaf
+  counts: types.Leaf
 
 
 def relay(setup: Setup, layout: slots.Layout, state: State) -> State:
@@ -153,7 +153,7 @@ def decode(setup: Setup, params: Any, job: Job, hidden: Array,
 
   def goes_on(carry):
     i, state = carry
-    within = i < _CHUNK
+    within = i < CHUNK
     if not setup.alone:
       return within
     live = state.row < num_rows
@@ -282,7 +282,7 @@ def _pool(setup: Setup, job: Job, busy: Bool[Array, 'N'],
   pages = _first(state) + jnp.where(busy, state.page, state.owner.shape[0])
   return pools.Decode(
       page=pages, offset=before % size, lengths=jnp.where(busy, before + 1, 0),
-      table=state.table, pages=state.pages)
+      table=state.table, pages=state.pages, head_axis=setup.head_axis)
 
 
 def _pages(setup: Setup, active: Active, shared: tuple[Array, Array],

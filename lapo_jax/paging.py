@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lapo_jax import attention
+from lapo_jax import attention, sharding
 
 # Finite, so that a page without a single real token gives no NaN.
 _MASKED = -1e30
@@ -81,18 +81,21 @@ class Prefill:
     segments: int32 [B, S], 1 on real tokens, 0 behind them.
     kept: per layer (keys, values), [B, S, K, E] each.
     backend: of `attention.causal`.
+    head_axis: of the mesh, over which heads lie; None = one device has all.
   """
 
   segments: jax.Array
   kept: tuple = ()
   backend: str | None = flax.struct.field(pytree_node=False, default=None)
+  head_axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
   def attend(self, queries: Float[Array, 'B S H E'],
              keys: Float[Array, 'B S K E'], values: Float[Array, 'B S K E']
              ) -> tuple[Float[Array, 'B S H E'], 'Prefill']:
     """Causal attention of one layer, the next one."""
-    mixed = attention.causal(queries, keys, values, self.segments,
-                             backend=self.backend)
+    attend = lambda *inputs: (attention.causal(*inputs, backend=self.backend),)
+    mixed, = sharding.along(self.head_axis, attend, (2, 2, 2, None), (2,))(
+        queries, keys, values, self.segments)
     return mixed, self.replace(kept=(*self.kept, (keys, values)))
 
 

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lapo_jax import sharding
+
 # Tokens in a block of the kernel, rows that it does side by side, and the
 # lanes that it is made of.
 _BLOCK, _ROWS, _LANES = 512, 8, 128
@@ -100,6 +102,7 @@ class Decode:
     table: int32 [N, J], the slot's pages in order.
     pages: per layer, [pages, W, 2K, E].
     layer: which of them is next.
+    head_axis: of the mesh, over which heads lie; None = one device has all.
   """
 
   page: jax.Array
@@ -108,15 +111,24 @@ class Decode:
   table: jax.Array
   pages: tuple
   layer: int = flax.struct.field(pytree_node=False, default=0)
+  head_axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
   def attend(self, queries: Float[Array, 'N 1 H E'],
              keys: Float[Array, 'N 1 K E'], values: Float[Array, 'N 1 K E']
              ) -> tuple[Float[Array, 'N 1 H E'], 'Decode']:
     """Writes one layer's keys and values, and attends to each slot's pages."""
-    pages = self.pages[self.layer]
-    pages = pages.at[self.page, self.offset].set(
-        _join(keys, values, pages.dtype)[:, 0], mode='drop')
-    mixed = attend(queries[:, 0], pages, self.lengths, self.table)
+
+
+    def write_and_attend(queries, keys, values, pages, page, offset, lengths,
+                         table):
+      pages = pages.at[page, offset].set(
+          _join(keys, values, pages.dtype)[:, 0], mode='drop')
+      return attend(queries[:, 0], pages, lengths, table), pages
+
+    mixed, pages = sharding.along(
+        self.head_axis, write_and_attend, (2, 2, 2, 2, *4 * (None,)), (1, 2))(
+            queries, keys, values, self.pages[self.layer], self.page,
+            self.offset, self.lengths, self.table)
     pages = (*self.pages[:self.layer], pages, *self.pages[self.layer + 1:])
     return mixed[:, None], self.replace(pages=pages, layer=self.layer + 1)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lapo_jax import forcing, paging, pools, slots
+from lapo_jax import forcing, paging, pools, slots, types
 
 
 class Setup(NamedTuple):
@@ -29,8 +29,9 @@ class Setup(NamedTuple):
     eos_ids: the stop tokens.
     page_size: W.
     backend: of `attention.causal`.
-    alone: whether one device holds a shard, which then leaves its loop by
-      itself.
+    alone: whether a shard leaves its loop by itself.
+    head_axis: of the mesh, over which a shard's heads lie; None = one device
+      has them all, or the compiler cuts what it likes.
     pooled: whether keys and values lie in a pool.
     forced_words: what is written in place of drawn tokens; None = nothing is.
   """
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
   page_size: int
   backend: str | None
   alone: bool
+  head_axis: str | None
   pooled: bool
   forced_words: forcing.Words | None
 
@@ -54,8 +56,8 @@ class Store:
     pages: per layer (keys, values): `Pages`, or the pool.
   """
 
-  hidden: jax.Array
-  pages: tuple
+  hidden: types.Leaf
+  pages: types.Leaf
 
 
 @flax.struct.dataclass
@@ -70,11 +72,11 @@ class Active:
     end: int32 [1].
   """
 
-  pages: tuple
-  ids: jax.Array
-  place: jax.Array
-  number: jax.Array
-  end: jax.Array
+  pages: types.Leaf
+  ids: types.Leaf
+  place: types.Leaf
+  number: types.Leaf
+  end: types.Leaf
 
 
 def prefill(setup: Setup, params: Any, prompts: tuple[Array, Array],
@@ -103,7 +105,8 @@ def prefill(setup: Setup, params: Any, prompts: tuple[Array, Array],
   real = places < num_tokens[:, None]
   hidden, cache = setup.model.apply(
       {'params': params}, tokens, jnp.broadcast_to(places, tokens.shape),
-      cache=paging.Prefill(real.astype(jnp.int32), backend=setup.backend))
+      cache=paging.Prefill(real.astype(jnp.int32), backend=setup.backend,
+                           head_axis=setup.head_axis))
   last = jnp.take_along_axis(hidden, num_tokens[:, None, None] - 1, axis=1)
   form = pools if setup.pooled else paging
   return Store(

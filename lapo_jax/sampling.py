@@ -18,6 +18,7 @@ mates, refills or the mesh change it.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -74,11 +75,14 @@ class Progress(NamedTuple):
 class Programs(NamedTuple):
   """The sampler's programs; each runs on all data shards side by side.
 
-  `make_sample_fn` says in which order.
+  `make_sample_fn` says in which order. `pages` is where keys and values lie,
+  None on one device.
   """
 
   pooled: bool
+  alone: bool
   shards: int
+  pages: Any
   place: Callable
   begin: Callable
   first_store: Callable
@@ -153,7 +157,9 @@ def make_sample_fn(
     lengths = np.asarray(lengths).reshape(shards, -1)
     pages = slots.make_store(lengths, PAGE)
     view = slots.first_view(shards, most, num_rows)
-    layout = slots.layout(view, num_rows, PAGE)
+    # A run that no shard may leave is a long one.
+    ahead = slots.AHEAD if programs.alone else decoding.CHUNK
+    layout = slots.layout(view, num_rows, PAGE, ahead)
     num_pages = layout.pages.shape[1]
     store = programs.first_store(params, prompts,
                                  pages.size + (num_pages if pooled else 0))
@@ -196,7 +202,7 @@ def make_sample_fn(
             cache_bytes=sum(x.nbytes for x in jax.tree.leaves(
                 (state.pages, active.pages)))))
       done = np.all(view.next == num_rows) and np.all(view.row == num_rows)
-      layout = None if done else slots.layout(view, num_rows, PAGE)
+      layout = None if done else slots.layout(view, num_rows, PAGE, ahead)
       if layout is not None:
         state = programs.relay(place(layout), state)
     # Not its pages: their number would make a program of each.
@@ -256,35 +262,51 @@ def make_programs(
   """
   cap = max_completion_length
   dtype = jnp.dtype(cache_dtype or model.dtype)
-  shards = 1
+  shards, alone, head_axis, tensor = 1, True, None, 1
   if shardings is None or shardings[2].mesh.size == 1:
     batch = whole = None
-    alone = True
     # One device is a shard, and all there is.
-    spread = lambda f, cut, donate=(): jax.jit(f, donate_argnums=donate)
+    spread = lambda f, cut, out=None, donate=(): jax.jit(
+        f, donate_argnums=donate)
   else:
     batch = shardings[2]
     mesh, axes = batch.mesh, batch.spec[0]
     shards = math.prod(mesh.shape[axis] for axis in axes)
     whole = sharding.replicated(mesh)
-    # Devices of a tensor axis talk to one another within a step: there, each
-    # shard makes the same number of steps.
-    alone = shards == mesh.size
-    # Kernels want every axis named; a tensor axis is left to the compiler,
-    # which cuts none.
-    names = set(mesh.axis_names if alone else axes)
+    tensor = mesh.size // shards
+    # Devices of a tensor axis talk to one another within a step: there, all
+    # shards make the same number of steps.
+    alone = shards == 1 or tensor == 1
+    # A tensor axis is left to the compiler, which cuts no kernel: those are
+    # told which heads a device has.
+    names = set(mesh.axis_names) - ({'tensor'} if tensor > 1 else set())
 
-    def spread(f, cut, donate=()):
+    def spread(f, cut, out=None, donate=()):
       cut = tuple(PartitionSpec(axes) if one == 'c' else PartitionSpec()
                   for one in cut)
       return jax.jit(jax.shard_map(
           f, mesh=mesh, in_specs=cut, out_specs=PartitionSpec(axes),
-          axis_names=names, check_vma=False), donate_argnums=donate)
+          axis_names=names, check_vma=False), donate_argnums=donate,
+          out_shardings=out)
 
-  backend = backend if alone else 'xla'
-  pooled = pools.has_kernel(model.cache_shape(), dtype, backend)
+  layers, kv_heads, head_dim = model.cache_shape()
+  if tensor > 1 and kv_heads % tensor == 0:
+    head_axis = 'tensor'
+  elif tensor > 1:
+    backend = 'xla'
+  own_heads = kv_heads // tensor if head_axis else kv_heads
+  pooled = pools.has_kernel((layers, own_heads, head_dim), dtype, backend)
   setup = prefilling.Setup(model, group_size, tuple(eos_ids), PAGE, backend,
-                           alone, pooled, forced_words)
+                           alone, head_axis, pooled, forced_words)
+  pages = batch
+  if head_axis:
+    heads = (None, head_axis) if pooled else (head_axis,)
+    pages = sharding.NamedSharding(mesh, PartitionSpec(axes, *heads))
+  lies = lambda kind: kind(**{
+      field.name: pages if field.name == 'pages' else batch
+      for field in dataclasses.fields(kind)})
+  store_places, active_places, state_places = map(
+      lies, (prefilling.Store, prefilling.Active, decoding.State))
 
   def empty(num_pages):
     form = pools if pooled else paging
@@ -343,17 +365,20 @@ def make_programs(
 
   held = spread(functools.partial(decoding.held, setup), 'cc')
   return Programs(
-      pooled=pooled, shards=shards,
+      pooled=pooled, alone=alone, shards=shards, pages=pages,
       place=functools.partial(_place, batch=batch),
       begin=jax.jit(begin, out_shardings=(batch, batch, whole, whole)),
-      first_store=jax.jit(first_store, static_argnums=2, out_shardings=batch),
+      first_store=jax.jit(first_store, static_argnums=2,
+                          out_shardings=store_places),
       first_state=jax.jit(first_state, static_argnums=(1, 2, 3),
-                          out_shardings=batch),
+                          out_shardings=state_places),
       prefill=spread(functools.partial(prefilling.prefill, setup), 'wcccc',
-                     (4,)),
-      bring=spread(prefilling.bring, 'cc'),
-      relay=spread(functools.partial(decoding.relay, setup), 'cc'),
-      decode=spread(functools.partial(decoding.decode, setup), 'wcccwc', (5,)),
+                     store_places, (4,)),
+      bring=spread(prefilling.bring, 'cc', active_places),
+      relay=spread(functools.partial(decoding.relay, setup), 'cc',
+                   state_places),
+      decode=spread(functools.partial(decoding.decode, setup), 'wcccwc',
+                    state_places, (5,)),
       view=jax.jit(lambda job, state: (
           state.row, held(job, state), state.next, state.owner, state.counts),
                    out_shardings=whole),

@@ -11,7 +11,7 @@ is one more batch axis: a step has one token a row.
 `jax.jit` with shardings is what used to be called pjit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import math
 import os
@@ -137,6 +137,28 @@ def slots(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def along(axis: str | None, function: Callable, cut: Sequence[int | None],
+          out: Sequence[int]) -> Callable:
+  """A function run by each device of a mesh axis on its own part, see kernels.
+
+  Called where every other axis is manual already, within `jax.shard_map`.
+
+  Args:
+    axis: of the mesh; None = the function as it is.
+    function: of arrays, returns a tuple of them.
+    cut: which dimension of each argument lies over the axis; None = it is
+      whole everywhere.
+    out: likewise of each result.
+  """
+  if axis is None:
+    return function
+  spec = lambda dim: (PartitionSpec() if dim is None else
+                      PartitionSpec(*[None] * dim, axis))
+  return jax.shard_map(
+      function, in_specs=tuple(map(spec, cut)), out_specs=tuple(map(spec, out)),
+      axis_names={axis}, check_vma=False)
 
 
 def batch_devices(mesh: Mesh) -> int:

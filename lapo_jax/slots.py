@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Steps that a run should last before it lacks a page.
-_AHEAD = 16
+AHEAD = 16
 _NO_PAGE = 1 << 30
 # Slots go on as a fourth when no more are live, down to a few: fewer cost a
 # step next to nothing less, and each number is a program.
@@ -143,8 +143,16 @@ def first_view(shards: int, num_slots: int, num_rows: int) -> View:
               np.zeros((shards, 0), int))
 
 
-def layout(view: View, num_rows: int, page_size: int) -> Layout | None:
-  """Slots and pages for what is live and what starts; None = as they are."""
+def layout(view: View, num_rows: int, page_size: int,
+           ahead: int = AHEAD) -> Layout | None:
+  """Slots and pages for what is live and what starts; None = as they are.
+
+  Args:
+    view: where the shards stand.
+    num_rows: B.
+    page_size: W.
+    ahead: steps for which there shall be pages.
+  """
   live = view.row < num_rows
   num_live, num_slots = live.sum(axis=1), live.shape[1]
   waiting = num_rows - view.next
@@ -155,7 +163,7 @@ def layout(view: View, num_rows: int, page_size: int) -> Layout | None:
 
   left = page_size - view.held % page_size
   # A slot at a page's first token lacks that page.
-  soon = live & ((left == page_size) | (left <= _AHEAD))
+  soon = live & ((left == page_size) | (left <= ahead))
   fresh = np.minimum(num_slots - num_live, waiting)
   used = (view.owner < num_slots).sum(axis=1)
   need = int((used + soon.sum(axis=1) + fresh).max())

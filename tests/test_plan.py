@@ -131,6 +131,16 @@ def test_the_work_of_a_step_by_hand(tiny_model):
       2 * 16 * 3 * (10 - 10 / 3) * 2 * 64)
 
 
+def test_chips_that_share_layers_share_the_heads_of_the_cache(tiny_model):
+  # Two key heads: two chips have one each, four all of them.
+  read = lambda tensor: costs.step_work(
+      tiny_model, shape(tensor=tensor))['decode'].bytes
+  weights = costs.forward_flops(tiny_model, 1, 0, 1) / 2
+  cache = read(1) - 2 * 16 * 2 * weights
+  assert read(2) == pytest.approx(2 * 16 * weights + cache / 2)
+  assert read(4) == pytest.approx(16 * weights + cache)
+
+
 def test_twice_the_chips_have_half_the_work(tiny_model):
   one, two = (costs.step_work(tiny_model, shape(chips=n, shards=n))
               for n in (2, 4))

@@ -119,7 +119,7 @@ from lapo_jax import sampling, sharding, slots, types
 from lapo_jax.models import qwen2
 
 chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
-mesh = sharding.make_mesh(fsdp=4, devices=chips.devices)
+mesh = sharding.make_mesh(tensor=int(sys.argv[2]), devices=chips.devices)
 batch, whole = sharding.batch(mesh), sharding.replicated(mesh)
 model = qwen2.Model(vocab_size=512, width=256, num_layers=1, num_heads=12,
                     num_kv_heads=2, head_dim=128, mlp_width=512,
@@ -131,7 +131,8 @@ like = lambda tree, place: jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
     shape, dtype, sharding=batch)
-params = like(params, whole)
+params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=place), params, places)
 programs = sampling.make_programs(
     model, group_size=4, max_completion_length=200, eos_ids=(1,), pad_id=0,
     cache_dtype='', backend='tpu', shardings=(places, None, batch))
@@ -142,8 +143,10 @@ prompts, job, kind, _ = jax.eval_shape(
     programs.begin, prompts, jax.eval_shape(lambda: jax.random.key(0)),
     *numbers)
 prompts, job = like((prompts, job), batch)
-store = like(jax.eval_shape(
-    lambda *x: programs.first_store(*x, 6 + 777), params, prompts), batch)
+with_pages = lambda tree: like(tree, batch).replace(
+    pages=like(tree.pages, programs.pages))
+store = with_pages(jax.eval_shape(
+    lambda *x: programs.first_store(*x, 6 + 777), params, prompts))
 prefill = programs.prefill.lower(params, prompts, array(8), array(8, 3), store)
 assert prefill.as_text().count('@tpu_custom_call') == 1
 prefill.compile()
@@ -151,24 +154,26 @@ job = job.replace(prompt_pages=array(8, 3))
 state = like(jax.eval_shape(lambda x: programs.first_state(x, 8, 777, 8),
                             store.hidden), batch).replace(pages=store.pages)
 store = store.replace(pages=())
-active = like(jax.eval_shape(programs.bring, store, slots.Ready(
-    *5 * (array(4),))), batch)
+active = with_pages(jax.eval_shape(programs.bring, store, slots.Ready(
+    *5 * (array(4),))))
 decode = programs.decode.lower(params, job, store.hidden, active,
                                like(kind, whole), state)
 assert decode.as_text().count('@tpu_custom_call') == 1
-# No step moves the pool, 51 MB.
-assert decode.compile().memory_analysis().temp_size_in_bytes < 20e6
+# No step moves the pool, 51 MB or half of it.
+temporary = decode.compile().memory_analysis().temp_size_in_bytes
+assert temporary < 20e6, temporary
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                     reason='compiling for a TPU needs libtpu')
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
-def test_the_sampler_compiles_on_four_chips(topology):
+@pytest.mark.parametrize('topology, tensor', [
+    ('v5e:2x2', 1), ('v5p:2x2x1', 1), ('v5e:2x2', 2)])
+def test_the_sampler_compiles_on_four_chips(topology, tensor):
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1',
       ALLOW_MULTIPLE_LIBTPU_LOAD='true', TPU_WORKER_HOSTNAMES='localhost')
-  done = subprocess.run([sys.executable, '-c', _COMPILE, topology],
+  done = subprocess.run([sys.executable, '-c', _COMPILE, topology, str(tensor)],
                         cwd=pathlib.Path(__file__).parent.parent,
                         env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

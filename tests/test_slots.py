@@ -83,8 +83,10 @@ def test_a_pool_of_pages_changes_nothing(
 
 def test_shards_have_pools_of_their_own(tiny_model, tiny_params, budgets,
                                         all_at_once, in_a_pool):
-  shards_have_queues_of_their_own(tiny_model, tiny_params, budgets,
-                                  all_at_once, [dict(data=2)])
+  # Two devices have a head each of every token in the last.
+  shards_have_queues_of_their_own(
+      tiny_model, tiny_params, budgets, all_at_once,
+      [dict(data=2), dict(data=2, tensor=2)])
 
 
 def test_data_shards_have_queues_of_their_own(tiny_model, tiny_params, budgets,
@@ -162,8 +164,8 @@ def test_other_numbers_compile_nothing(tiny_model, tiny_params, caplog):
 
 def test_when_the_host_looks_in_changes_nothing(
     tiny_model, tiny_params, budgets, all_at_once, monkeypatch):
-  monkeypatch.setattr(decoding, '_CHUNK', 7)
-  monkeypatch.setattr(slots, '_AHEAD', 1)
+  monkeypatch.setattr(decoding, 'CHUNK', 7)
+  monkeypatch.setattr(slots.layout, '__defaults__', (1,))
   monkeypatch.setattr(sampling, 'PAGE', 16)
   seen = []
   rollout = host(make(tiny_model, num_slots=7)(
