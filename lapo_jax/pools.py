@@ -11,7 +11,7 @@ page that it does not need. A token's keys and values lie together, [2K, E]: a
 TPU then writes a token where it belongs, and moves no page for it.
 
 N slots, J pages a row, W tokens a page, H query heads, K key/value heads, E
-head width.
+head width, L ≥ E what it takes in whole lanes: a TPU's memory holds no less.
 """
 
 from typing import Any
@@ -43,13 +43,13 @@ def has_kernel(shape: tuple[int, int, int], dtype: Any,
   # A token's keys and values fill whole tiles of 1, 2, 4 or 8 sublanes.
   tiles = kv_heads if dtype == jnp.bfloat16 else 2 * kv_heads
   return ((backend or jax.default_backend()) == 'tpu'
-          and dtype in (jnp.bfloat16, jnp.float32) and width % _LANES == 0
+          and dtype in (jnp.bfloat16, jnp.float32) and width <= 2 * _LANES
           and (tiles in (1, 2, 4) or tiles % 8 == 0))
 
 
 def empty(num_pages: int, size: int, shape: tuple[int, int, int],
           dtype: Any) -> tuple:
-  """Per layer, [pages, W, 2K, E] of zeros.
+  """Per layer, [pages, W, 2K, L] of zeros.
 
   Args:
     num_pages: how many.
@@ -58,8 +58,13 @@ def empty(num_pages: int, size: int, shape: tuple[int, int, int],
     dtype: of the cache.
   """
   num_layers, kv_heads, width = shape
-  return tuple(jnp.zeros((num_pages, size, 2 * kv_heads, width), dtype)
-               for _ in range(num_layers))
+  shape = num_pages, size, 2 * kv_heads, whole_lanes(width)
+  return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
+
+
+def whole_lanes(width: int) -> int:
+  """L, the numbers that `width` take in a TPU's memory."""
+  return -(-width // _LANES) * _LANES
 
 
 def fill(pool: tuple, ids: Int[Array, 'B J'], kept: tuple) -> tuple:
@@ -69,7 +74,7 @@ def fill(pool: tuple, ids: Int[Array, 'B J'], kept: tuple) -> tuple:
   `paging.Prefill` keeps.
   """
   put = lambda pages, layer: pages.at[ids.reshape(-1)].set(
-      _join(*layer, pages.dtype).reshape(-1, *pages.shape[1:]), mode='drop')
+      _join(*layer, pages).reshape(-1, *pages.shape[1:]), mode='drop')
   return tuple(map(put, pool, kept))
 
 
@@ -100,7 +105,7 @@ class Decode:
     offset: int32 [N], its place in the page.
     lengths: int32 [N], tokens that the slot sees, the new one too; 0 = none.
     table: int32 [N, J], the slot's pages in order.
-    pages: per layer, [pages, W, 2K, E].
+    pages: per layer, [pages, W, 2K, L].
     layer: which of them is next.
     head_axis: of the mesh, over which heads lie; None = one device has all.
   """
@@ -122,7 +127,7 @@ class Decode:
     def write_and_attend(queries, keys, values, pages, page, offset, lengths,
                          table):
       pages = pages.at[page, offset].set(
-          _join(keys, values, pages.dtype)[:, 0], mode='drop')
+          _join(keys, values, pages)[:, 0], mode='drop')
       return attend(queries[:, 0], pages, lengths, table), pages
 
     mixed, pages = sharding.along(
@@ -133,7 +138,7 @@ class Decode:
     return mixed[:, None], self.replace(pages=pages, layer=self.layer + 1)
 
 
-def attend(queries: Float[Array, 'N H E'], pages: Float[Array, 'Q W K2 E'],
+def attend(queries: Float[Array, 'N H E'], pages: Float[Array, 'Q W K2 L'],
            lengths: Int[Array, 'N'], table: Int[Array, 'N J']
            ) -> Float[Array, 'N H E']:
   """softmax(q·kᵀ/√E)·v over the first lengths[n] tokens of pages table[n].
@@ -144,12 +149,14 @@ def attend(queries: Float[Array, 'N H E'], pages: Float[Array, 'Q W K2 E'],
 
   Args:
     queries: of one token a slot.
-    pages: heads 2k and 2k + 1 of a token are its keys and values of head k.
+    pages: heads 2k and 2k + 1 of a token are its keys and values of head k,
+      zeros behind them.
     lengths: in tokens.
     table: the pages of each row, in order of their tokens.
   """
   from jax.experimental.pallas.ops.tpu import ragged_paged_attention
-  (rows, columns), tokens = table.shape, pages.shape[1]
+  (rows, columns), tokens, width = table.shape, pages.shape[1], queries.shape[2]
+  queries = _widen(queries, pages)
   # Pages past the last are fetched too, if only to mask their scores, and a
   # row wants a token at least.
   table = jnp.clip(table, 0, pages.shape[0] - 1)
@@ -161,17 +168,25 @@ def attend(queries: Float[Array, 'N H E'], pages: Float[Array, 'Q W K2 E'],
     return ragged_paged_attention.ragged_paged_attention(
         queries[cut], pages, held[cut], table[cut],
         jnp.arange(count + 1, dtype=jnp.int32), jnp.full(1, count, jnp.int32),
-        sm_scale=queries.shape[-1]**-0.5,
+        sm_scale=width**-0.5,
         num_kv_pages_per_block=min(columns, max(1, _BLOCK // tokens)),
         num_queries_per_block=min(count, _ROWS))
 
   part = max(1, _ENTRIES // (columns + 2))
   mixed = jnp.concatenate([one(start) for start in range(0, rows, part)])
+  mixed = mixed[..., :width]
   return jnp.where(lengths[:, None, None] > 0, mixed, 0).astype(queries.dtype)
 
 
 def _join(keys: Float[Array, 'N S K E'], values: Float[Array, 'N S K E'],
-          dtype: Any) -> Float[Array, 'N S K2 E']:
-  """Keys and values of each head in turn."""
-  joined = jnp.stack([keys, values], axis=3).astype(dtype)
-  return joined.reshape(*keys.shape[:2], -1, keys.shape[3])
+          pages: Float[Array, 'Q W K2 L']) -> Float[Array, 'N S K2 L']:
+  """Keys and values of each head in turn, as the pages hold them."""
+  joined = jnp.stack([keys, values], axis=3).astype(pages.dtype)
+  return _widen(joined.reshape(*keys.shape[:2], -1, keys.shape[3]), pages)
+
+
+def _widen(x: Float[Array, '*A E'],
+           pages: Float[Array, 'Q W K2 L']) -> Float[Array, '*A L']:
+  """Zeros up to whole lanes."""
+  more = pages.shape[-1] - x.shape[-1]
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])

@@ -226,7 +226,7 @@ def num_slots(settings: ml_collections.ConfigDict, model: Any,
       model, cache_dtype=settings.cache_dtype,
       max_completion_length=cap,
       max_prompt_length=settings.max_prompt_length,
-      memory=int(settings.cache_share * memory))
+      memory=int(settings.cache_share * memory), backend=_backend(mesh))
   logging.info(
       'num_slots: %d of %d completions are decoded at once; %d fit '
       'into %.2g of the %.3g GB of each of %d devices.', min(fits, asked),

@@ -213,7 +213,7 @@ def make_sample_fn(
 
 def slots_that_fit(model: Any, *, max_completion_length: int,
                    max_prompt_length: int, cache_dtype: Any,
-                   memory: int) -> int:
+                   memory: int, backend: str | None = None) -> int:
   """Slots whose keys and values fit at full length, at least 1.
 
   Args:
@@ -222,10 +222,14 @@ def slots_that_fit(model: Any, *, max_completion_length: int,
     max_prompt_length: tokens; a slot may be the only one of its prompt.
     cache_dtype: as in `make_sample_fn`.
     memory: bytes.
+    backend: as in `make_sample_fn`.
   """
+  layers, kv_heads, width = model.cache_shape()
+  if (backend or jax.default_backend()) == 'tpu':
+    width = pools.whole_lanes(width)
   pages = (-(-max_completion_length // PAGE) + -(-max_prompt_length // PAGE))
   slot = pages * PAGE * paging.token_bytes(
-      *model.cache_shape(), cache_dtype or model.dtype)
+      layers, kv_heads, width, cache_dtype or model.dtype)
   return max(1, memory // slot)
 
 

@@ -42,7 +42,8 @@ def make_case(heads, kv_heads, width, tokens, columns, dtype='bfloat16'):
   table = np.where(unused, rng.integers(-9, 10**6, table.shape), table)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
   return (normal(6, heads, width),
-          normal(6 * columns + 3, tokens, 2 * kv_heads, width),
+          jnp.pad(normal(6 * columns + 3, tokens, 2 * kv_heads, width),
+                  [*3 * [(0, 0)], (0, -width % 128)]),
           jnp.asarray(lengths), jnp.asarray(table, jnp.int32))
 
 
@@ -50,6 +51,7 @@ def formula(queries, pages, lengths, table):
   queries, pages = (np.asarray(x, np.float64) for x in (queries, pages))
   mixed = np.zeros_like(queries)
   shared, width = 2 * queries.shape[1] // pages.shape[2], queries.shape[2]
+  pages = pages[..., :width]
   for n, length in enumerate(np.asarray(lengths)):
     used = np.asarray(table)[n, :-(-length // pages.shape[1])]
     for h in range(queries.shape[1] if length else 0):
@@ -61,7 +63,8 @@ def formula(queries, pages, lengths, table):
 
 
 @pytest.mark.parametrize('shape', [(12, 2, 128, 64, 3),
-                                   (7, 1, 128, 16, 5)], ids=str)
+                                   (7, 1, 128, 16, 5), (4, 2, 64, 16, 3)],
+                         ids=str)
 def test_the_kernel_is_the_formula(interpreted, shape):
   case = make_case(*shape)
   mixed = pools.attend(*case)
@@ -88,9 +91,10 @@ def test_pages_hold_what_was_written():
   ids = jnp.array([[4, 0], [2, 6]])
   pool = pools.fill(pools.empty(6, 3, (3, 2, 4), jnp.float32), ids, kept)
   for pages, (keys, values) in zip(pool, kept, strict=True):
-    np.testing.assert_array_equal(pages[4, :, 0::2], keys[0, :3])
-    np.testing.assert_array_equal(pages[0, :, 1::2], values[0, 3:])
-    np.testing.assert_array_equal(pages[2, :, 1::2], values[1, :3])
+    np.testing.assert_array_equal(pages[4, :, 0::2, :4], keys[0, :3])
+    np.testing.assert_array_equal(pages[0, :, 1::2, :4], values[0, 3:])
+    np.testing.assert_array_equal(pages[2, :, 1::2, :4], values[1, :3])
+    assert pages.shape[3] == 128 and not np.asarray(pages[..., 4:]).any()
     assert not np.asarray(pages[jnp.array([1, 3, 5])]).any()
   moved = pools.copy(pool, jnp.int32(2), jnp.array([4, 2, 0]),
                      jnp.array([1, 5, 3]))
@@ -105,7 +109,8 @@ def test_shapes_that_have_a_kernel():
   has = lambda heads, width, dtype, backend: pools.has_kernel(
       (28, heads, width), jnp.dtype(dtype), backend)
   assert has(2, 128, 'bfloat16', 'tpu') and has(8, 256, 'float32', 'tpu')
-  assert not has(2, 64, 'bfloat16', 'tpu') and not has(2, 128, 'int8', 'tpu')
+  assert has(2, 64, 'bfloat16', 'tpu') and not has(2, 128, 'int8', 'tpu')
+  assert not has(2, 512, 'bfloat16', 'tpu')
   assert not has(3, 128, 'bfloat16', 'tpu')
   assert not has(2, 128, 'bfloat16', 'gpu') and not has(2, 128, 'bfloat16',
                                                         None)
@@ -122,7 +127,7 @@ chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
 mesh = sharding.make_mesh(tensor=int(sys.argv[2]), devices=chips.devices)
 batch, whole = sharding.batch(mesh), sharding.replicated(mesh)
 model = qwen2.Model(vocab_size=512, width=256, num_layers=1, num_heads=12,
-                    num_kv_heads=2, head_dim=128, mlp_width=512,
+                    num_kv_heads=2, head_dim=int(sys.argv[3]), mlp_width=512,
                     dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 params = qwen2.init_shapes(model)
 places = sharding.for_sampling(sharding.partition(qwen2.PARTITION_RULES, params,
@@ -167,13 +172,15 @@ assert temporary < 20e6, temporary
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                     reason='compiling for a TPU needs libtpu')
-@pytest.mark.parametrize('topology, tensor', [
-    ('v5e:2x2', 1), ('v5p:2x2x1', 1), ('v5e:2x2', 2)])
-def test_the_sampler_compiles_on_four_chips(topology, tensor):
+@pytest.mark.parametrize('topology, tensor, width', [
+    ('v5e:2x2', 1, 128), ('v5p:2x2x1', 1, 128), ('v5e:2x2', 2, 128),
+    ('v5e:2x2', 1, 64)])
+def test_the_sampler_compiles_on_four_chips(topology, tensor, width):
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1',
       ALLOW_MULTIPLE_LIBTPU_LOAD='true', TPU_WORKER_HOSTNAMES='localhost')
-  done = subprocess.run([sys.executable, '-c', _COMPILE, topology, str(tensor)],
+  done = subprocess.run([sys.executable, '-c', _COMPILE, topology, str(tensor),
+                         str(width)],
                         cwd=pathlib.Path(__file__).parent.parent,
                         env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 def attend(queries, pages, lengths, table):
   """What `pools.attend` is."""
   rows, heads, width = queries.shape
-  own = pages[jnp.clip(table, 0, pages.shape[0] - 1)].reshape(
+  own = pages[jnp.clip(table, 0, pages.shape[0] - 1), ..., :width].reshape(
       rows, -1, pages.shape[2] // 2, 2, width)
   grouped = queries.reshape(rows, own.shape[2], -1, width)
   scores = jnp.einsum('nkre,ncke->nkrc', grouped, own[:, :, :, 0],
