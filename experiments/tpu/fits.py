@@ -12,23 +12,26 @@ from typing import Any
 
 from lapo_jax import plan
 
-# Config, slice, microbatch; the last ones are there to be refused.
+# Config, slice, mesh.tensor, microbatch; the last is there to be refused.
 _CASES = (
-    ('lapo_r1_1p5b', 'v5e:4x4', 16),
-    ('lapo_r1_1p5b', 'v5e:8x8', 64),
-    ('lapo_r1_1p5b', 'v6e:4x4', 16),
-    ('lapo_r1_1p5b', 'v5p:2x2x2', 16),
-    ('lapo_r1_7b', 'v5p:4x4x4', 64),
-    ('lapo_r1_7b', 'v5e:4x4', 16),
+    ('lapo_r1_1p5b', 'v5e:4x4', 1, 16),
+    ('lapo_r1_1p5b', 'v5e:8x8', 1, 64),
+    ('lapo_r1_1p5b', 'v6e:4x4', 1, 16),
+    ('lapo_r1_1p5b', 'v5p:2x2x2', 1, 16),
+    ('lapo_r1_7b', 'v5p:4x4x4', 1, 64),
+    ('lapo_r1_7b', 'v5e:8x8', 4, 16),
+    ('lapo_r1_7b', 'v5e:4x4', 1, 16),
 )
-_COLUMNS = ('config', 'slice', 'HBM, GiB', 'sampling', 'scoring', 'update',
+_COLUMNS = ('config', 'slice', 'tensor', 'HBM, GiB', 'sampling', 'scoring', 'update',
             'slots', 'most', 'microbatch', 'most', 'steps/hour, at most',
             'tokens/s/chip, at most', 'fits')
 
 
-def ask(name: str, topology: str, microbatch: int) -> dict[str, Any]:
-  """The report of a config with another microbatch."""
+def ask(name: str, topology: str, tensor: int,
+        microbatch: int) -> dict[str, Any]:
+  """The report of a config with another tensor axis and microbatch."""
   config = importlib.import_module(f'configs.{name}').get_config()
+  config.mesh.tensor = tensor
   config.updates.microbatch_size = microbatch
   [report] = plan.plan(config, topology)
   return report
@@ -45,7 +48,8 @@ def row(name: str, report: dict[str, Any]) -> str:
     return f'{"≥ " if least else ""}{most:.1f}'
 
   return _line((
-      name, report['topology'], f'{report["memory"] / 2**30:.1f}',
+      name, report['topology'], report['mesh']['tensor'],
+      f'{report["memory"] / 2**30:.1f}',
       gib('copy', 'prefill', 'grow', 'decode'), gib('score'), gib('update'),
       slots['asked'], slots['largest'], rows['asked'], rows['largest'],
       f'{floor["steps_per_hour"]:.0f}',
