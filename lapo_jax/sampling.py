@@ -306,6 +306,7 @@ def make_programs(
   if head_axis:
     heads = (None, head_axis) if pooled else (head_axis,)
     pages = sharding.NamedSharding(mesh, PartitionSpec(axes, *heads))
+  # Where the fields of a record lie.
   lies = lambda kind: kind(**{
       field.name: pages if field.name == 'pages' else batch
       for field in dataclasses.fields(kind)})

@@ -144,14 +144,14 @@ def first_view(shards: int, num_slots: int, num_rows: int) -> View:
 
 
 def layout(view: View, num_rows: int, page_size: int,
-           ahead: int = AHEAD) -> Layout | None:
+           ahead: int) -> Layout | None:
   """Slots and pages for what is live and what starts; None = as they are.
 
   Args:
     view: where the shards stand.
     num_rows: B.
     page_size: W.
-    ahead: steps for which there shall be pages.
+    ahead: steps for which there shall be pages, `AHEAD` if the run may end.
   """
   live = view.row < num_rows
   num_live, num_slots = live.sum(axis=1), live.shape[1]

@@ -165,7 +165,7 @@ def test_other_numbers_compile_nothing(tiny_model, tiny_params, caplog):
 def test_when_the_host_looks_in_changes_nothing(
     tiny_model, tiny_params, budgets, all_at_once, monkeypatch):
   monkeypatch.setattr(decoding, 'CHUNK', 7)
-  monkeypatch.setattr(slots.layout, '__defaults__', (1,))
+  monkeypatch.setattr(slots, 'AHEAD', 1)
   monkeypatch.setattr(sampling, 'PAGE', 16)
   seen = []
   rollout = host(make(tiny_model, num_slots=7)(

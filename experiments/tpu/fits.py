@@ -22,9 +22,9 @@ _CASES = (
     ('lapo_r1_7b', 'v5e:8x8', 4, 16),
     ('lapo_r1_7b', 'v5e:4x4', 1, 16),
 )
-_COLUMNS = ('config', 'slice', 'tensor', 'HBM, GiB', 'sampling', 'scoring', 'update',
-            'slots', 'most', 'microbatch', 'most', 'steps/hour, at most',
-            'tokens/s/chip, at most', 'fits')
+_COLUMNS = ('config', 'slice', 'tensor', 'HBM, GiB', 'sampling', 'scoring',
+            'update', 'slots', 'most', 'microbatch', 'most',
+            'steps/hour, at most', 'tokens/s/chip, at most', 'fits')
 
 
 def ask(name: str, topology: str, tensor: int,
