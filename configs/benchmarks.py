@@ -74,7 +74,8 @@ def get_config(argument=''):
   # as `cache_share` of each device's memory holds at full length.
   config.num_slots = 0
   config.cache_share = 0.5
-  config.cache_dtype = ''  # of keys and values; '' = the model's | 'int8'
+  # Of keys and values: '' = the model's | 'int8', see configs/default.py.
+  config.cache_dtype = ''
   config.grader = ml_collections.ConfigDict({
       'num_workers': 1,
       'deadline': 5.0,  # seconds a completion

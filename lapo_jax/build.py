@@ -173,11 +173,11 @@ def _forcing(
     config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[forcing.Words | None, forcing.Limits | None]:
   """What the sampler writes by itself, and on which completions."""
-  if not checks.forces(config):
-    return None, None
   first, share, end, wait, least, most = (
       config.rollout.forced[key] for key in (
           'first', 'first_share', 'end', 'wait', 'least', 'most'))
+  if not checks.forces(config):
+    return None, None
   size = config.rollout.group_size
   member = np.arange(config.rollout.num_prompts * size) % size
   limits = forcing.Limits(

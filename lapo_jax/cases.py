@@ -17,6 +17,7 @@ import numpy as np
 from lapo_jax import checks, forcing, sampling, sharding, slots, types
 from lapo_jax import layout as layout_lib
 from lapo_jax import programs as programs_lib
+from lapo_jax import shards as shards_lib
 
 
 class Case(NamedTuple):
@@ -37,7 +38,7 @@ class Sampler(NamedTuple):
   """The sampler's programs.
 
   Attributes:
-    pooled: see `sampling.Programs`.
+    pooled: see `shards.Programs`.
     params: the copy of the parameters that it reads.
     cases: by name.
   """
@@ -59,7 +60,8 @@ def sampler(config: ml_collections.ConfigDict, found: programs_lib.Programs,
   settings = {key: value for key, value in found.sampler.items()
               if key != 'num_slots'}
   group_size = config.rollout.group_size
-  programs = sampling.make_programs(**settings, group_size=group_size)
+  programs = shards_lib.make(**settings, group_size=group_size,
+                             page_size=sampling.PAGE)
   places, prompt_places, batch = settings['shardings']
   cap, shards = settings['max_completion_length'], programs.shards
   state = found.state_shapes

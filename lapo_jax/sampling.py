@@ -18,28 +18,23 @@ mates, refills or the mesh change it.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 import numpy as np
 
 from lapo_jax import (
     decoding,
-    draws,
     forcing,
     paging,
     pools,
-    prefilling,
     sharding,
     slots,
     types,
 )
+from lapo_jax import shards as shards_lib
 
 # Tokens whose keys and values lie together.
 PAGE = 64
@@ -70,30 +65,6 @@ class Progress(NamedTuple):
   busy: int
   waiting: int
   cache_bytes: int
-
-
-class Programs(NamedTuple):
-  """The sampler's programs; each runs on all data shards side by side.
-
-  `make_sample_fn` says in which order. `pages` is where keys and values lie,
-  None on one device.
-  """
-
-  pooled: bool
-  alone: bool
-  shards: int
-  pages: Any
-  place: Callable
-  begin: Callable
-  first_store: Callable
-  first_state: Callable
-  prefill: Callable
-  bring: Callable
-  relay: Callable
-  decode: Callable
-  view: Callable
-  read: Callable
-  end: Callable
 
 
 def make_sample_fn(
@@ -133,9 +104,9 @@ def make_sample_fn(
     `forced`, `forcing.Limits` of numbers or [B], goes with `forced_words`.
   """
   cap = max_completion_length
-  programs = make_programs(
+  programs = shards_lib.make(
       model, group_size=group_size, max_completion_length=cap, eos_ids=eos_ids,
-      pad_id=pad_id, cache_dtype=cache_dtype, backend=backend,
+      pad_id=pad_id, page_size=PAGE, cache_dtype=cache_dtype, backend=backend,
       forced_words=forced_words, shardings=shardings)
   shards, place, pooled = programs.shards, programs.place, programs.pooled
 
@@ -233,14 +204,6 @@ def slots_that_fit(model: Any, *, max_completion_length: int,
   return max(1, memory // slot)
 
 
-def _place(plan: Any, batch: Any) -> Any:
-  """Numbers of all shards, each shard's on its devices; rows run on."""
-  flat = jax.tree.map(lambda x: np.asarray(x, np.int32).reshape(
-      -1, *x.shape[2:]), plan)
-  return (jax.tree.map(jnp.asarray, flat) if batch is None else
-          sharding.to_global(flat, batch))
-
-
 def _read(read: Callable, place: Callable, state: decoding.State,
           rows: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, ...]:
   """Rows that have ended: (row numbers, tokens, lengths), this host's."""
@@ -253,139 +216,3 @@ def _read(read: Callable, place: Callable, state: decoding.State,
   numbers = ids + num_rows * np.arange(len(rows))[:, None]
   real = (ids < num_rows).reshape(-1)[places]
   return tuple(x[real] for x in (numbers.reshape(-1)[places], tokens, lengths))
-
-
-def make_programs(
-    model: Any, *, group_size: int, max_completion_length: int,
-    eos_ids: Sequence[int], pad_id: int, cache_dtype: Any,
-    backend: str | None, shardings: tuple[Any, Any, Any] | None,
-    forced_words: forcing.Words | None = None) -> Programs:
-  """The programs of `make_sample_fn`, which has the same arguments.
-
-  Compiles nothing yet: jit does, for each new set of shapes.
-  """
-  cap = max_completion_length
-  dtype = jnp.dtype(cache_dtype or model.dtype)
-  shards, alone, head_axis, tensor = 1, True, None, 1
-  if shardings is None or shardings[2].mesh.size == 1:
-    batch = whole = None
-    # One device is a shard, and all there is.
-    spread = lambda f, cut, out=None, donate=(): jax.jit(
-        f, donate_argnums=donate)
-  else:
-    batch = shardings[2]
-    mesh, axes = batch.mesh, batch.spec[0]
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    whole = sharding.replicated(mesh)
-    tensor = mesh.size // shards
-    # Devices of a tensor axis talk to one another within a step: there, all
-    # shards make the same number of steps.
-    alone = shards == 1 or tensor == 1
-    # A tensor axis is left to the compiler, which cuts no kernel: those are
-    # told which heads a device has.
-    names = set(mesh.axis_names) - ({'tensor'} if tensor > 1 else set())
-
-    def spread(f, cut, out=None, donate=()):
-      cut = tuple(PartitionSpec(axes) if one == 'c' else PartitionSpec()
-                  for one in cut)
-      return jax.jit(jax.shard_map(
-          f, mesh=mesh, in_specs=cut, out_specs=PartitionSpec(axes),
-          axis_names=names, check_vma=False), donate_argnums=donate,
-          out_shardings=out)
-
-  layers, kv_heads, head_dim = model.cache_shape()
-  if tensor > 1 and kv_heads % tensor == 0:
-    head_axis = 'tensor'
-  elif tensor > 1:
-    backend = 'xla'
-  own_heads = kv_heads // tensor if head_axis else kv_heads
-  pooled = pools.has_kernel((layers, own_heads, head_dim), dtype, backend)
-  setup = prefilling.Setup(model, group_size, tuple(eos_ids), PAGE, backend,
-                           alone, head_axis, pooled, forced_words)
-  pages = batch
-  if head_axis:
-    heads = (None, head_axis) if pooled else (head_axis,)
-    pages = sharding.NamedSharding(mesh, PartitionSpec(axes, *heads))
-  # Where the fields of a record lie.
-  lies = lambda kind: kind(**{
-      field.name: pages if field.name == 'pages' else batch
-      for field in dataclasses.fields(kind)})
-  store_places, active_places, state_places = map(
-      lies, (prefilling.Store, prefilling.Active, decoding.State))
-
-  def empty(num_pages):
-    form = pools if pooled else paging
-    return form.empty(num_pages * shards, PAGE, model.cache_shape(), dtype)
-
-  def begin(prompts, key, temperature, top_p, top_k, budgets, forced=None):
-    num_prompts, prompt_slots = prompts.tokens.shape
-    rows = num_prompts * group_size
-    # An empty prompt reads as its last slot.
-    last = jnp.arange(prompt_slots)[None] == prompt_slots - 1
-    mask = prompts.mask | (last & ~jnp.any(prompts.mask, 1, keepdims=True))
-    keys = key if key.ndim else jax.vmap(
-        lambda b: jax.random.fold_in(key, b))(jnp.arange(rows))
-    how = draws.How(temperature, top_p, top_k)
-    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    job = decoding.Job(jax.random.key_data(keys), how,
-                       jnp.clip(budgets, 1, cap), lengths,
-                       jnp.zeros((num_prompts, 0), jnp.int32), forced)
-    return (prompts.tokens, mask), job, how.kind(), lengths
-
-  def first_store(params, prompts, num_pages):
-    shape = jax.eval_shape(
-        lambda params: model.apply(
-            {'params': params}, *jnp.zeros((2, 1, 1), jnp.int32),
-            cache=paging.Prefill(jnp.ones((1, 1), jnp.int32)))[0], params)
-    return prefilling.Store(
-        jnp.zeros((prompts[0].shape[0], shape.shape[-1]), shape.dtype),
-        empty(num_pages))
-
-  def first_state(hidden, num_slots, num_pages, num_columns):
-    num_rows = hidden.shape[0] * group_size
-    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-    slots_, pages = num_slots * shards, num_pages * shards
-    return decoding.State(
-        row=zeros(slots_) + num_rows // shards, t=zeros(slots_),
-        page=zeros(slots_) + num_pages,
-        hidden=jnp.zeros((slots_, hidden.shape[1]), hidden.dtype),
-        next=zeros(shards), owner=zeros(pages) + num_slots, base=zeros(pages),
-        table=zeros(slots_, num_columns),
-        # A pool is that of the prompts.
-        pages=() if pooled else empty(num_pages),
-        tokens=zeros(num_rows, cap) + pad_id,
-        logprobs=jnp.zeros((num_rows, cap), jnp.float32),
-        thinking=jnp.zeros(slots_ if forced_words else 0, bool),
-        forced=jnp.zeros((num_rows, cap if forced_words else 0), bool),
-        lengths=zeros(num_rows), counts=zeros(shards, 2))
-
-  def end(prompts, tokens, lengths, logprobs, forced):
-    mask = jnp.arange(cap)[None] < lengths[:, None]
-    widen = lambda x: jnp.repeat(x, group_size, axis=0)
-    return types.Rollout(
-        prompt_tokens=widen(prompts[0]), prompt_mask=widen(prompts[1]),
-        completion_tokens=tokens, completion_mask=mask,
-        action_mask=mask & ~forced if forced_words else mask,
-        sampler_logprobs=logprobs)
-
-  held = spread(functools.partial(decoding.held, setup), 'cc')
-  return Programs(
-      pooled=pooled, alone=alone, shards=shards, pages=pages,
-      place=functools.partial(_place, batch=batch),
-      begin=jax.jit(begin, out_shardings=(batch, batch, whole, whole)),
-      first_store=jax.jit(first_store, static_argnums=2,
-                          out_shardings=store_places),
-      first_state=jax.jit(first_state, static_argnums=(1, 2, 3),
-                          out_shardings=state_places),
-      prefill=spread(functools.partial(prefilling.prefill, setup), 'wcccc',
-                     store_places, (4,)),
-      bring=spread(prefilling.bring, 'cc', active_places),
-      relay=spread(functools.partial(decoding.relay, setup), 'cc',
-                   state_places),
-      decode=spread(functools.partial(decoding.decode, setup), 'wcccwc',
-                    state_places, (5,)),
-      view=jax.jit(lambda job, state: (
-          state.row, held(job, state), state.next, state.owner, state.counts),
-                   out_shardings=whole),
-      read=spread(lambda values, rows: values.at[rows].get(mode='clip'), 'cc'),
-      end=jax.jit(end, out_shardings=batch))

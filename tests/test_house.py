@@ -27,6 +27,7 @@ _FLOORS = (
      'forward', 'forcing'},
     {'prefilling'},
     {'decoding'},
+    {'shards'},
     {'metrics', 'grader', 'losses', 'advantages', 'sampling', 'supervised',
      'offline', 'costs', 'rewards', 'models', 'tasks'},
     {'objective'},

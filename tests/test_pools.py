@@ -120,7 +120,7 @@ def test_shapes_that_have_a_kernel():
 _COMPILE = """
 import jax, jax.numpy as jnp, sys
 from jax.experimental import topologies
-from lapo_jax import sampling, sharding, slots, types
+from lapo_jax import sharding, shards, slots, types
 from lapo_jax.models import qwen2
 
 chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
@@ -138,8 +138,9 @@ array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
     shape, dtype, sharding=batch)
 params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=place), params, places)
-programs = sampling.make_programs(
+programs = shards.make(
     model, group_size=4, max_completion_length=200, eos_ids=(1,), pad_id=0,
+    page_size=64,
     cache_dtype='', backend='tpu', shardings=(places, None, batch))
 assert programs.pooled
 prompts = types.Prompts(array(8, 150), array(8, 150, dtype=bool), None, None)
