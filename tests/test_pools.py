@@ -11,12 +11,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 from toys import pooled
 
-from lapo_jax import pools
+from lapo_jax import pools, sharding
 
 
 @pytest.fixture
@@ -74,6 +76,26 @@ def test_the_kernel_is_the_formula(interpreted, shape):
   # What stands in for it where tests sample from pools.
   np.testing.assert_allclose(np.asarray(pooled.attend(*case), np.float32),
                              formula(*case), atol=2e-2)
+
+
+def test_devices_that_share_the_heads_have_the_kernel_too(interpreted):
+  case = make_case(4, 2, 64, 16, 3)
+  mesh = sharding.make_mesh(data=2, tensor=2, fsdp=1,
+                            devices=jax.devices()[:4])
+  rows = PartitionSpec('data')
+
+  def attend(*inputs):
+    own = sharding.along('tensor', lambda *x: (pools.attend(*x),),
+                         (1, 2, None, None), (1,))
+    return own(*inputs)[0]
+
+  mixed = jax.jit(jax.shard_map(
+      attend, mesh=mesh, in_specs=(rows, PartitionSpec(), rows, rows),
+      out_specs=rows, axis_names=set(mesh.axis_names) - {'tensor'},
+      check_vma=False))(*case)
+  assert mixed.sharding.spec == PartitionSpec('data', 'tensor')
+  np.testing.assert_allclose(np.asarray(mixed, np.float32), formula(*case),
+                             atol=2e-2)
 
 
 def test_a_table_too_large_for_one_kernel_is_cut(interpreted, monkeypatch):
