@@ -43,11 +43,13 @@ def test_slots_are_what_a_share_of_the_memory_holds_at_full_length(
   assert slots(data=2, fsdp=2) == 4 * slots()
 
 
-def test_a_tensor_axis_makes_room_where_it_cuts_the_heads(slots):
+def test_a_tensor_axis_makes_room_where_it_cuts_the_heads(slots, caplog):
   assert slots(tensor=2) == 2 * slots()
+  assert 'divide' not in caplog.text
   # One head: each device of the axis holds it.
   assert slots(heads=1, tensor=2) == slots(heads=1)
   assert slots(heads=1, data=2, tensor=4) == 2 * slots(heads=1)
+  assert 'mesh.tensor 4 does not divide the 1 key heads' in caplog.text
 
 
 def test_what_is_asked_for_is_taken(tiny_model):
