@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lapo_jax import ops, paging
+from lapo_jax import ops, paging, sharding
 
 
 class Chip(NamedTuple):
@@ -148,8 +148,8 @@ def step_work(model: Any, shape: Shape) -> dict[str, Work]:
   steps = -(-own_rows // own_slots) * mean
   # On average a completion is half done.
   seen = mean / 2 + (prompt if shape.pooled else prompt / shape.group_size)
-  cut = shape.tensor if model.num_kv_heads % shape.tensor == 0 else 1
-  cache = own_slots * seen / cut * paging.token_bytes(
+  parts = sharding.head_parts(model.num_kv_heads, shape.tensor)
+  cache = own_slots * seen / parts * paging.token_bytes(
       *model.cache_shape(), shape.cache_dtype)
   decode = forward_flops(model, rows * mean,
                          rows * mean * (prompt + mean / 2), rows * mean)

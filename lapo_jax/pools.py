@@ -35,7 +35,7 @@ def has_kernel(shape: tuple[int, int, int], dtype: Any,
   """Whether `attend` is a kernel there, so that pages should lie in a pool.
 
   Args:
-    shape: layers, key/value heads, head width.
+    shape: layers, key/value heads of one device, head width.
     dtype: of keys and values.
     backend: 'xla', 'tpu' or 'gpu'; None = JAX's.
   """
@@ -122,7 +122,6 @@ class Decode:
              keys: Float[Array, 'N 1 K E'], values: Float[Array, 'N 1 K E']
              ) -> tuple[Float[Array, 'N 1 H E'], 'Decode']:
     """Writes one layer's keys and values, and attends to each slot's pages."""
-
 
     def write_and_attend(queries, keys, values, pages, page, offset, lengths,
                          table):

@@ -215,17 +215,18 @@ def num_slots(settings: ml_collections.ConfigDict, model: Any,
     asked: completions that there are, for the log.
     memory: bytes of a device, None = what it has.
   """
-  # A tensor axis cuts the cache by its heads, or not at all.
-  cut, kv_heads = mesh.shape['tensor'], model.cache_shape()[1]
-  if kv_heads % cut:
+  tensor, kv_heads = mesh.shape['tensor'], model.cache_shape()[1]
+  parts = sharding.head_parts(kv_heads, tensor)
+  if parts < tensor:
     logging.warning(
         'mesh.tensor %d does not divide the %d key heads of the model: each '
-        'device holds the whole cache, and no kernel reads it.', cut, kv_heads)
+        'device holds the whole cache, and no kernel reads it.', tensor,
+        kv_heads)
   if settings.num_slots:
     return settings.num_slots
   # Hosts differ a little in what they have.
   memory = memory or min(hosts.gather(sharding.device_memory(mesh)))
-  shards = mesh.size // (1 if kv_heads % cut == 0 else cut)
+  shards = mesh.size // tensor * parts
   fits = shards * sampling.slots_that_fit(
       model, cache_dtype=settings.cache_dtype,
       max_completion_length=cap,

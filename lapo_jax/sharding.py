@@ -141,13 +141,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def along(axis: str | None, function: Callable, cut: Sequence[int | None],
           out: Sequence[int]) -> Callable:
-  """A function run by each device of a mesh axis on its own part, see kernels.
+  """A function that each device of a mesh axis runs on its own part.
 
-  Called where every other axis is manual already, within `jax.shard_map`.
+  For kernels, which the compiler does not cut. Called within `jax.shard_map`,
+  where every other axis of the mesh is manual already.
 
   Args:
     axis: of the mesh; None = the function as it is.
-    function: of arrays, returns a tuple of them.
+    function: of arrays; returns a tuple of them.
     cut: which dimension of each argument lies over the axis; None = it is
       whole everywhere.
     out: likewise of each result.
@@ -169,6 +170,11 @@ def batch_devices(mesh: Mesh) -> int:
 def sampling_devices(mesh: Mesh) -> int:
   """Into how many parts a batch is cut while it is sampled."""
   return math.prod(mesh.shape[axis] for axis in _SAMPLING_AXES)
+
+
+def head_parts(kv_heads: int, tensor: int) -> int:
+  """Into how many parts a tensor axis cuts key heads: all of it, or 1."""
+  return tensor if kv_heads % tensor == 0 else 1
 
 
 def device_memory(mesh: Mesh) -> int:

@@ -103,12 +103,13 @@ def make(
           out_shardings=out)
 
   layers, kv_heads, head_dim = model.cache_shape()
-  if tensor > 1 and kv_heads % tensor == 0:
+  parts = sharding.head_parts(kv_heads, tensor)
+  if parts > 1:
     head_axis = 'tensor'
   elif tensor > 1:
     backend = 'xla'
-  own_heads = kv_heads // tensor if head_axis else kv_heads
-  pooled = pools.has_kernel((layers, own_heads, head_dim), dtype, backend)
+  pooled = pools.has_kernel((layers, kv_heads // parts, head_dim), dtype,
+                            backend)
   setup = prefilling.Setup(model, group_size, tuple(eos_ids), page_size,
                            backend, alone, head_axis, pooled, forced_words)
   pages = batch

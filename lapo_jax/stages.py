@@ -73,6 +73,7 @@ def resume(runs: list[build.Run],
   if found is not None:
     place, state, meta = found
     stage = newest_first[place]
+    # Asked now: the summary wants them, and they cannot be made again.
     hosts.from_first(lambda: records(folder, stage + 1) and None)
     logging.info('Goes on from step %d (%s).', int(state.step),
                  runs[stage].name)
