@@ -5,8 +5,10 @@ import logging
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -332,3 +334,64 @@ def test_kill_inside_save(tmp_path):
   assert leftovers   # kills did land inside saves
   checkpoint.save(tmp_path, reported + 1, state, {})
   assert _steps(tmp_path) == [reported, reported + 1]
+
+
+_SAVERS = """
+import sys
+import jax, jax.numpy as jnp
+from lapo_jax import checkpoint, hosts, sharding
+folder, address, host = sys.argv[1:]
+hosts.initialize(address, 2, int(host), heartbeat_seconds=10)
+mesh = sharding.make_mesh()
+cut = jax.NamedSharding(mesh, jax.P('fsdp'))
+make = jax.jit(lambda step: {f'w{i}': jnp.full((400, 50), step + i / 10)
+                             for i in range(10)}, out_shardings=cut)
+latest = checkpoint.restore_latest(folder, jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+    jax.eval_shape(make, 0.0)))
+step = latest[1]['step'] if latest else 0
+while True:
+  step += 1
+  checkpoint.save(folder, step, make(float(step)), {'step': step})
+  print('saved', step, flush=True)
+"""
+
+
+def test_a_host_killed_inside_save(tmp_path):
+  """Each of two writes its half; what one has left unfinished is not there."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = {f'w{i}': jax.ShapeDtypeStruct((400, 50), jnp.float32, sharding=place)
+          for i in range(10)}
+  env = os.environ | {'PYTHONPATH': str(_ROOT), 'JAX_NUM_CPU_DEVICES': '1',
+                      'JAX_PLATFORMS': 'cpu'}
+  rng = random.Random(0)
+  reported, leftovers = 0, 0
+  for _ in range(3):
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      address = f'localhost:{free.getsockname()[1]}'
+    first, second = (subprocess.Popen(
+        [sys.executable, '-c', _SAVERS, str(tmp_path), address, str(host)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        for host in range(2))
+    try:
+      # gloo talks, too.
+      words = next(line for line in first.stdout if line.startswith('saved'))
+      assert int(words.split()[1]) > reported  # it resumed from the last run
+      time.sleep(rng.uniform(0.0, 0.3))
+      second.kill()
+      time.sleep(0.5)  # what the first does alone
+    finally:
+      for process in (first, second):
+        process.kill()
+      rest, _ = (process.communicate()[0] for process in (first, second))
+    words += rest
+    reported = max(map(int, re.findall(r'saved (\d+)', words)))
+    leftovers += any('tmp' in name for name in os.listdir(tmp_path))
+    state, meta = checkpoint.restore_latest(tmp_path, like)
+    assert meta['step'] in (reported, reported + 1)
+    for i in range(10):
+      assert np.all(state[f'w{i}'] == np.float32(meta['step'] + i / 10))
+    reported = meta['step']
+  assert leftovers  # kills did land inside saves
+

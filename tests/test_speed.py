@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.speed import linear, steps
-from experiments.speed.peers import update_ours
+from experiments.speed import linear, points, steps
+from experiments.speed.peers import bare, update_ours
+from lapo_jax import sharding
 from lapo_jax.models import qwen2
 
 
@@ -53,3 +54,30 @@ def test_a_batch_survives_its_file(tmp_path):
   found = steps.load(tmp_path / 'work.npz')
   assert found.whole is True
   jax.tree.map(np.testing.assert_array_equal, found, work)
+
+
+@pytest.mark.parametrize('axes', [
+    {}, dict(data=2), dict(tensor=2), dict(data=2, tensor=2)], ids=str)
+def test_devices_share_the_bare_products(axes):
+  rows, depth = 8, 3
+  layers = [((64, 128), (64, 64), (64, 384), (192, 64))] * 2
+  unembedding = (64, 96)
+  count = math.prod(axes.values())
+  mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:count], **axes)
+  loop, _ = bare.make_loop(mesh, len(layers), depth)
+  shape = lambda size: jax.ShapeDtypeStruct(size, np.float32)
+  program = jax.make_jaxpr(loop)(
+      [tuple(map(shape, layer)) for layer in layers], shape(unembedding),
+      shape((rows, 64)))
+  each = sum(math.prod(size) for layer in layers for size in layer)
+  assert operations(program.jaxpr) * count == (
+      2 * rows * depth * (each + math.prod(unembedding)))
+
+
+@pytest.mark.parametrize('name', sorted(points.POINTS))
+def test_a_point_survives_its_file(tmp_path, name):
+  work = points.make_work(points.POINTS[name], num_slots=16, devices=2)
+  points.save(work, tmp_path / 'work.npz')
+  found = points.load(tmp_path / 'work.npz')
+  jax.tree.map(np.testing.assert_array_equal, found, work)
+  assert {found.data, found.tensor} == {1, 2}

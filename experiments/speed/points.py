@@ -16,6 +16,9 @@ MODELS = {
     'b': (dict(vocab_size=8192, width=512, num_layers=8, num_heads=8,
                num_kv_heads=4, mlp_width=2048), 64),
 }
+# What devices share, a core each: rows where every core's cache has room for
+# the weights, else the weights.
+_AXES = {'a': 'data', 'b': 'tensor'}
 _CAP = 128
 _TAIL_CAP = 1024
 _TAIL_SEED = 5
@@ -39,6 +42,11 @@ class Point(NamedTuple):
     """Of the model."""
     return MODELS[self.model][0]
 
+  @property
+  def axis(self) -> str:
+    """Of the mesh, along which devices lie."""
+    return _AXES[self.model]
+
 
 POINTS = {
     'a64': Point('a', 64),
@@ -57,12 +65,16 @@ class Work(NamedTuple):
     lengths: int32 [B], tokens wanted of each completion.
     cap: tokens that a completion may have at most.
     num_slots: completions that our sampler decodes at once, 0 = all.
+    data: devices that share rows, in our sampler and in the bare products.
+    tensor: devices that share weights, likewise.
   """
 
   prompts: np.ndarray
   lengths: np.ndarray
   cap: int
   num_slots: int
+  data: int
+  tensor: int
 
   @property
   def rows(self) -> int:
@@ -88,7 +100,7 @@ class Work(NamedTuple):
         for group in sorted(groups)])
 
 
-def make_work(point: Point, num_slots: int) -> Work:
+def make_work(point: Point, num_slots: int, devices: int = 1) -> Work:
   """The prompts and lengths of a point."""
   fields, prompt_slots = MODELS[point.model]
   rng = np.random.default_rng(0)
@@ -96,8 +108,9 @@ def make_work(point: Point, num_slots: int) -> Work:
       0, fields['vocab_size'], (point.rows // GROUP_SIZE, prompt_slots))
   cap = _TAIL_CAP if point.tail else _CAP
   lengths = _tail(point.rows) if point.tail else np.full(point.rows, cap)
+  mesh = {'data': 1, 'tensor': 1, point.axis: devices}
   return Work(prompts.astype(np.int32), lengths.astype(np.int32), cap,
-              num_slots)
+              num_slots, **mesh)
 
 
 def save(work: Work, path: str) -> None:
@@ -108,8 +121,8 @@ def save(work: Work, path: str) -> None:
 def load(path: str) -> Work:
   """What `save` wrote."""
   with np.load(path) as file:
-    prompts, lengths, cap, num_slots = (file[name] for name in Work._fields)
-  return Work(prompts, lengths, int(cap), int(num_slots))
+    prompts, lengths, *numbers = (file[name] for name in Work._fields)
+  return Work(prompts, lengths, *map(int, numbers))
 
 
 def _tail(rows: int) -> np.ndarray:

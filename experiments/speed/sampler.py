@@ -32,6 +32,10 @@ _PEERS = ('ours', 'bare', 'reads', 'transformers', 'trl', 'tunix')
 _FLOORS = ('bare', 'reads')
 # Our sampler under twice the cap, the lengths as they are.
 _DOUBLED = 'ours, cap doubled'
+# On one device, whose operations all cores share.
+_ALONE = 'ours, one device'
+# The products on as many devices as our sampler.
+_SHARED = 'bare, devices'
 
 
 def main() -> None:
@@ -41,6 +45,8 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--num_slots', type=int, default=0,
                       help='that our sampler decodes at once, 0 = all rows')
+  parser.add_argument('--devices', type=int, default=2,
+                      help='CPU devices of our sampler, which share the cores')
   parser.add_argument('--trl_python', default=sys.executable)
   parser.add_argument('--tunix_python', default=sys.executable)
   parser.add_argument('--out', help='a JSON file with every repeat')
@@ -71,8 +77,13 @@ def measure(point: points.Point, names: list[str],
   params = cases.make_params(model)
   work = points.make_work(point, flags.num_slots)
   works = {name: work for name in names}
-  if point.tail and 'ours' in names:
-    works[_DOUBLED] = work._replace(cap=2 * work.cap)
+  shared = points.make_work(point, flags.num_slots, flags.devices)
+  if 'ours' in names:
+    works |= {'ours': shared, _ALONE: work}
+    if point.tail:
+      works[_DOUBLED] = shared._replace(cap=2 * work.cap)
+  if 'bare' in names:
+    works[_SHARED] = shared
   peers = {}
   with tempfile.TemporaryDirectory() as folder:
     qwen2.save(params, folder, model)
@@ -86,7 +97,8 @@ def measure(point: points.Point, names: list[str],
             f'experiments.speed.peers.{module}', folder, file)
       firsts, differences = {}, {}
       for name in peers:
-        file = '' if name in _FLOORS else f'{folder}/compared.npz'
+        floor = name.partition(',')[0] in _FLOORS
+        file = '' if floor else f'{folder}/compared.npz'
         firsts[name] = turns.run(peers, name, 0, file)
         if file:
           differences[name] = _difference(model, params, work, file)
@@ -106,21 +118,21 @@ def measure(point: points.Point, names: list[str],
 def table(point: str, found: dict[str, Any]) -> str:
   """Markdown: medians, and of ratios the median over repeats."""
   lines = ['| point | sampler | tokens/s | ours is faster by | the bare '
-           'products are | compiling s | log-probs differ by | busy slots | '
-           'until the queue is empty | cache MB |',
-           '|---|---|---|---|---|---|---|---|---|---|']
+           'products are | on its devices | compiling s | log-probs differ by '
+           '| busy slots | until the queue is empty | cache MB |',
+           '|---|---|---|---|---|---|---|---|---|---|---|']
   seconds = turns.all_seconds(found)
   for name, taken in seconds.items():
     entry = found[name.partition(':')[0]]
     ratio = lambda other, taken=taken: (
         np.median(taken / seconds[other]) if other in seconds else None)
-    bare = ratio('bare')
+    share = lambda bare: turns.cell(bare and 100 / bare, '.1f', ' %')
     facts = entry['repeats'][0]['facts']
     whole = ':' not in name
     cell = turns.cell
     cells = [
         f'{entry["tokens"] / np.median(taken):,.0f}', cell(ratio('ours')),
-        cell(bare and 100 / bare, '.1f', ' %'),
+        share(ratio('bare')), share(ratio(_SHARED)),
         cell(entry['first']['seconds'] - np.median(taken) if whole else None,
              '.1f'),
         cell(entry['difference'] if whole else None, '.0e'),

@@ -27,7 +27,8 @@ _SETTINGS = {
     # freed at every step, and new pages from the system can cost more than
     # the step.
     'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(10**11)}
-_LEFT_OUT = ('JAX_COMPILATION_CACHE_DIR', 'OMP_NUM_THREADS', 'XLA_FLAGS')
+_LEFT_OUT = ('JAX_COMPILATION_CACHE_DIR', 'JAX_NUM_CPU_DEVICES',
+             'OMP_NUM_THREADS', 'XLA_FLAGS')
 
 
 class Peer(Protocol):

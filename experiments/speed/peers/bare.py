@@ -3,6 +3,7 @@
 
 For as many steps of all rows as the wanted tokens fill, the product of every
 weight: no attention, norms, rotations, draws or cache, and no row that idles.
+Devices that share rows, or weights, do as in the sampler.
 """
 
 import functools
@@ -10,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from experiments.speed import points, serving
+from lapo_jax import sharding
 from lapo_jax.models import qwen2
 
 
@@ -22,20 +25,20 @@ class Peer:
   libraries = ('jax', 'jaxlib')
 
   def __init__(self, folder: str, work: points.Work):
-    params = jax.device_put(qwen2.load(folder, qwen2.make(folder)))
-    layers = [params[name] for name in sorted(params)
+    jax.config.update('jax_num_cpu_devices', work.data * work.tensor)
+    mesh = sharding.make_mesh(data=work.data, fsdp=1, tensor=work.tensor)
+    params = qwen2.load(folder, qwen2.make(folder))
+    layers = [weights(params[name]) for name in sorted(params)
               if name.startswith('layers_')]
-    self._weights = [weights(layer) for layer in layers]
-    self._unembedding = jnp.array(params['embedding'].T)
-    self._start = jnp.array(
-        params['embedding'][np.arange(work.rows) % len(params['embedding'])])
+    embedding = params['embedding']
+    start = embedding[np.arange(work.rows) % len(embedding)]
     steps = -(-int(work.lengths.sum()) // work.rows)
-    self._loop = jax.jit(functools.partial(_loop, steps=steps))
+    self._loop, places = make_loop(mesh, len(layers), steps)
+    self._arguments = jax.device_put((layers, embedding.T, start), places)
 
   def run(self, seed: int) -> dict[str, Any]:
     """The loop."""
-    self._loop(self._weights, self._unembedding,
-               self._start).block_until_ready()
+    self._loop(*self._arguments).block_until_ready()
     return {'facts': {}}
 
   def compared(self, result: dict[str, Any]) -> None:
@@ -52,9 +55,24 @@ def weights(layer: dict[str, Any]) -> tuple[jax.Array, ...]:
           beside(mlp, 'down'))
 
 
+def make_loop(mesh: jax.sharding.Mesh, layers: int, steps: int) -> Any:
+  """The loop of weights, unembedding and rows; and where these lie."""
+  # A product's sum is over rows that the one before has cut.
+  columns, rows = PartitionSpec(None, 'tensor'), PartitionSpec('tensor')
+  cut = ([(columns, rows, columns, rows)] * layers, columns,
+         PartitionSpec('data'))
+  loop = jax.jit(jax.shard_map(
+      functools.partial(_loop, steps=steps), mesh=mesh, in_specs=cut,
+      out_specs=cut[2], check_vma=False))
+  return loop, jax.tree.map(
+      lambda spec: NamedSharding(mesh, spec), cut,
+      is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
 def _loop(weights: list, unembedding: jax.Array, start: jax.Array, *,
           steps: int) -> jax.Array:
   """[B, D] after the steps."""
+  together = lambda x: jax.lax.psum(x, 'tensor')
 
   def step(_, carried):
     x = start + carried
@@ -62,12 +80,13 @@ def _loop(weights: list, unembedding: jax.Array, start: jax.Array, *,
       heads = x @ qkv
       x = heads[:, :out.shape[0]] @ out
       # Unused columns would be cut from their product.
-      x = x + jnp.max(heads[:, out.shape[0]:], axis=1, keepdims=True)
+      x = together(x + jnp.max(heads[:, out.shape[0]:], axis=1, keepdims=True))
       wide = x @ gate_up
-      x = (wide[:, :down.shape[0]] + wide[:, down.shape[0]:]) @ down
+      x = together((wide[:, :down.shape[0]] + wide[:, down.shape[0]:]) @ down)
     logits = x @ unembedding
+    highest = jax.lax.pmax(jnp.max(logits, axis=1, keepdims=True), 'tensor')
     # Each step waits for the one before.
-    return 1e-6 * jnp.tanh(x + jnp.max(logits, axis=1, keepdims=True))
+    return 1e-6 * jnp.tanh(x + highest)
 
   return jax.lax.fori_loop(0, steps, step, jnp.zeros_like(start))
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.speed import points, serving
-from lapo_jax import sampling, types
+from lapo_jax import programs, sampling, sharding, types
 from lapo_jax.models import qwen2
 
 
@@ -17,8 +17,12 @@ class Peer:
   libraries = ('jax', 'jaxlib', 'flax')
 
   def __init__(self, folder: str, work: points.Work):
+    jax.config.update('jax_num_cpu_devices', work.data * work.tensor)
+    mesh = sharding.make_mesh(data=work.data, fsdp=1, tensor=work.tensor)
     model = qwen2.make(folder)
-    self._params = jax.device_put(qwen2.load(folder, model))
+    places = sharding.for_sampling(sharding.partition(
+        qwen2.PARTITION_RULES, qwen2.init_shapes(model), mesh))
+    self._params = jax.device_put(qwen2.load(folder, model), places)
     self._work = work
     index = np.arange(len(work.prompts), dtype=np.int32)
     self._prompts = types.Prompts(
@@ -26,7 +30,9 @@ class Peer:
         index=index, target_lengths=np.zeros_like(index))
     self._sample = sampling.make_sample_fn(
         model, group_size=points.GROUP_SIZE, max_completion_length=work.cap,
-        eos_ids=(), pad_id=0, num_slots=work.num_slots or None)
+        eos_ids=(), pad_id=0, num_slots=work.num_slots or None,
+        shardings=(places, programs.prompt_places(mesh),
+                   sharding.sampling_batch(mesh)))
 
   def run(self, seed: int) -> dict[str, Any]:
     """Samples; the facts are of slots and cache."""
@@ -36,7 +42,8 @@ class Peer:
         budgets=self._work.lengths, watch=seen.append))
     # The number of slots may shrink: each look counts the steps before it.
     steps = np.diff([0, *(progress.steps for progress in seen)])
-    offered = np.cumsum(steps * [progress.num_slots for progress in seen])
+    offered = np.cumsum(steps * [
+        progress.num_slots // self._work.data for progress in seen])
     facts = {'occupancy': float(seen[-1].busy / offered[-1]),
              'cache_bytes': max(progress.cache_bytes for progress in seen)}
     queued = [i for i, progress in enumerate(seen) if progress.waiting]
