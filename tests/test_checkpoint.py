@@ -308,11 +308,21 @@ while True:
 """
 
 
+def _restored(folder, rows, reported):
+  """(the latest step, its state, whole); `save` returned from `reported`."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state, meta = checkpoint.restore_latest(folder, {
+      f'w{i}': jax.ShapeDtypeStruct((rows, 50), jnp.float32, sharding=place)
+      for i in range(10)})
+  # The killed one may be there.
+  assert meta['step'] in (reported, reported + 1)
+  for i in range(10):
+    assert np.all(state[f'w{i}'] == np.float32(meta['step'] + i / 10))
+  return meta['step'], state
+
+
 def test_kill_inside_save(tmp_path):
   """SIGKILL at random moments of a process that does nothing but save."""
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = {f'w{i}': jax.ShapeDtypeStruct((200, 50), jnp.float32, sharding=place)
-          for i in range(10)}
   env = os.environ | {'PYTHONPATH': str(_ROOT), 'JAX_NUM_CPU_DEVICES': '1'}
   rng = random.Random(0)
   reported, leftovers = 0, 0
@@ -325,12 +335,7 @@ def test_kill_inside_save(tmp_path):
       saver.send_signal(signal.SIGKILL)
       reported = max([first, *map(int, saver.stdout.read().split())])
     leftovers += any('tmp' in name for name in os.listdir(tmp_path))
-    state, meta = checkpoint.restore_latest(tmp_path, like)
-    # What `save` has returned from is there; the killed one may be.
-    assert meta['step'] in (reported, reported + 1)
-    for i in range(10):
-      assert np.all(state[f'w{i}'] == np.float32(meta['step'] + i / 10))
-    reported = meta['step']
+    reported, state = _restored(tmp_path, 200, reported)
   assert leftovers   # kills did land inside saves
   checkpoint.save(tmp_path, reported + 1, state, {})
   assert _steps(tmp_path) == [reported, reported + 1]
@@ -359,9 +364,6 @@ while True:
 
 def test_a_host_killed_inside_save(tmp_path):
   """Each of two writes its half; what one has left unfinished is not there."""
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = {f'w{i}': jax.ShapeDtypeStruct((400, 50), jnp.float32, sharding=place)
-          for i in range(10)}
   env = os.environ | {'PYTHONPATH': str(_ROOT), 'JAX_NUM_CPU_DEVICES': '1',
                       'JAX_PLATFORMS': 'cpu'}
   rng = random.Random(0)
@@ -388,10 +390,6 @@ def test_a_host_killed_inside_save(tmp_path):
     words += rest
     reported = max(map(int, re.findall(r'saved (\d+)', words)))
     leftovers += any('tmp' in name for name in os.listdir(tmp_path))
-    state, meta = checkpoint.restore_latest(tmp_path, like)
-    assert meta['step'] in (reported, reported + 1)
-    for i in range(10):
-      assert np.all(state[f'w{i}'] == np.float32(meta['step'] + i / 10))
-    reported = meta['step']
+    reported, _ = _restored(tmp_path, 400, reported)
   assert leftovers  # kills did land inside saves
 
