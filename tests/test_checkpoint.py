@@ -309,7 +309,10 @@ while True:
 
 
 def _restored(folder, rows, reported):
-  """(the latest step, its state, whole); `save` returned from `reported`."""
+  """The latest step and its state, found whole.
+
+  `reported` is the last that `save` has returned from.
+  """
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   state, meta = checkpoint.restore_latest(folder, {
       f'w{i}': jax.ShapeDtypeStruct((rows, 50), jnp.float32, sharding=place)
@@ -392,4 +395,3 @@ def test_a_host_killed_inside_save(tmp_path):
     leftovers += any('tmp' in name for name in os.listdir(tmp_path))
     reported, _ = _restored(tmp_path, 400, reported)
   assert leftovers  # kills did land inside saves
-

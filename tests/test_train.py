@@ -543,8 +543,7 @@ def test_the_embedded_default_end_to_end(tmp_path):
   tiny = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(tiny)
   config = tiny.get_config()
-  config.total_steps = 1
-  config.updates.short_share = 0.0  # a shape of the update less
+  config.total_steps = 2
   config.rollout.update(num_prompts=8, max_completion_length=64)
   config.eval.update(num_examples=24, batch_size=24)
   train.train_and_evaluate(config, str(tmp_path))
