@@ -10,6 +10,8 @@ from typing import Any
 from jaxtyping import Array
 import numpy as np
 
+# Names of what counts tokens.
+_TOKENS = ('lengths', 'target_lengths', 'budgets', 'history', 'records')
 _MEANING = {'P G': 'prompts by completions', 'B T': 'completions by tokens'}
 
 
@@ -73,3 +75,7 @@ def _check_numbers(name: str, x: Any) -> None:
   if name != 'correct' and kind.startswith(('uint', 'int8', 'int16')):
     raise ValueError(f'{name} is {kind}, whose differences wrap around: '
                      'expected int32 or floats.')
+  if name in _TOKENS and kind in ('bfloat16', 'float16'):
+    raise ValueError(f'{name} is {kind}, which rounds tokens from '
+                     f'{256 if kind == "bfloat16" else 2048} on: expected '
+                     'int32 or float32.')

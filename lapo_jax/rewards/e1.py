@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
-from lapo_jax import ops, types
+from lapo_jax import types
 from lapo_jax.rewards import _arrays
 
 
@@ -49,9 +49,10 @@ def reward(
   """
   _arrays.check('P G', correct=correct, lengths=lengths)
   _arrays.check_prompts(lengths, efforts=efforts)
-  usual = ops.masked_mean(lengths, jnp.ones(lengths.shape, bool))
-  return jnp.where(lengths < (efforts * usual)[:, None],
-                   correct.astype(jnp.float32), 0.0)
+  # l·G < r·Σl: sums of lengths are exact, a mean of equal ones may not be one.
+  total = jnp.sum(lengths, axis=-1, keepdims=True, dtype=jnp.float32)
+  within = lengths * float(lengths.shape[-1]) < efforts[:, None] * total
+  return jnp.where(within, correct.astype(jnp.float32), 0.0)
 
 
 def make(efforts: Sequence[float] = (0.5, 0.75, 1.0, 1.5)) -> types.Reward:
@@ -73,7 +74,10 @@ def make(efforts: Sequence[float] = (0.5, 0.75, 1.0, 1.5)) -> types.Reward:
     stated = jnp.array(efforts, jnp.float32)[
         (index + state[index]) % len(efforts)]
     total = reward(outcomes.correct, outcomes.lengths, stated)
-    return types.Rewards({'correct': total}), state.at[index].add(1)
+    return types.Rewards({'correct': total}), remember(outcomes, state)
+
+  def remember(outcomes, state):
+    return state.at[outcomes.prompt_index].add(1)
 
   def instruct(example, index, state, rng):
     del rng
@@ -82,4 +86,4 @@ def make(efforts: Sequence[float] = (0.5, 0.75, 1.0, 1.5)) -> types.Reward:
         question=f'{example.question} Use {100 * effort:g}% of the usual '
                  'reasoning effort.')
 
-  return types.Reward(apply, init, instruct)
+  return types.Reward(apply, init, instruct, remember=remember)

@@ -57,7 +57,7 @@ def reward(
   mean = ops.masked_mean(lengths, member, keepdims=True)
   std = ops.masked_std(lengths, member, ddof=0, keepdims=True)
   # Where sd = 0 every correct length is the mean: 0/ε, not noise/ε.
-  z = jnp.where(member, (lengths - mean) / (std + eps), 0.0)
+  z = jnp.where(member & (std > 0), (lengths - mean) / (std + eps), 0.0)
   share = jnp.where(member, 1.0 - alpha * jax.nn.sigmoid(z), 1.0)
   return correct * share
 

@@ -10,7 +10,7 @@ wrong completions.
 https://arxiv.org/abs/2607.21793, by a summary of the paper. Lengths are in
 tokens. The reward says nothing of length: which completions are compared does.
 a = 1 takes as many of both halves, which is plain GRPO on M of the K.
-Advantages compare the kept with one another; the others are as if absent.
+Advantages compare the kept with one another; the others have advantage 0.
 
 Defaults: M = 8, a = 1/3, with `rollout.group_size` K = 16.
 
@@ -19,6 +19,8 @@ Departures:
     where the paper draws at random: so their order decides nothing.
   * An odd class has the larger half where more is kept. A half that has too
     few gives all, and the other half gives what is missing.
+  * In the loss the others weigh what they would, at advantage 0: it is that
+    of plain GRPO on the M, times the share of the weight that they have.
 """
 
 import jax

@@ -17,7 +17,8 @@ thinking of right completions is silent, none of wrong ones.
 
 Departures:
   * Confidence is that of the policy that sampled, as the sampler saw it.
-  * What is silent is left out of a divergence from the reference policy, too.
+  * What is silent has advantage 0 and nothing else: with `loss.kl_coef` it is
+    held to the reference policy as all tokens are.
   * `delimiter` may be another text than a blank line, for models that write
     none. Across the border of two tokens it is found, of three it is not.
 """

@@ -21,10 +21,11 @@ def test_by_hand(correct, effort, expected):
   np.testing.assert_array_equal(found, [expected])
 
 
-def test_equal_lengths():
-  correct, lengths = np.ones((2, 3)), np.full((2, 3), 300)
+@pytest.mark.parametrize('size,length', [(3, 300), (7, 3), (13, 11), (30, 7)])
+def test_equal_lengths(size, length):
+  correct, lengths = np.ones((2, size)), np.full((2, size), length)
   found = e1.reward(correct, lengths, np.array([1.0, 1.5], np.float32))
-  np.testing.assert_array_equal(found, [[0, 0, 0], [1, 1, 1]])
+  np.testing.assert_array_equal(found, [[0] * size, [1] * size])
 
 
 def test_prompt_and_reward_agree_and_take_turns(outcomes, told):

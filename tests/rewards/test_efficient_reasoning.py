@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arora and Zanette by hand: population statistics of the correct."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +27,14 @@ def test_by_hand(correct, lengths, expected):
   correct, lengths = np.array([correct], np.float32), np.array([lengths])
   np.testing.assert_allclose(efficient_reasoning.reward(correct, lengths),
                              [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize('length', [3, 17, 333])
+def test_equal_lengths_where_the_compiler_knows_who_is_right(length):
+  # Division by a constant count becomes a product, whose mean is off a bit.
+  found = jax.jit(lambda lengths: efficient_reasoning.reward(
+      jnp.ones((1, 7)), lengths))(jnp.full((1, 7), length))
+  np.testing.assert_allclose(found, 0.95, rtol=1e-6)
 
 
 def test_a_truncated_completion_earns_and_counts_nothing(outcomes):
