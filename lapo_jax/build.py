@@ -119,14 +119,14 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   encode = rollout.make_encode_fn(
       tokenizer, config.rollout.template, config.rollout.max_prompt_length,
       programs.prompt_places(mesh))
-  reward_shapes = checks.reward(config, reward, len(task),
-                                checks.text(task, reward))
+  names = checks.text(task, reward)
+  reward_shapes = checks.reward(config, reward, len(task), names)
   checks.prompts(config, task, eval_task, encode, reward,
                  jax.device_get(reward.init(len(task))))
   # A worker holds one task: held-out problems are graded by the same code.
   grader = grader_lib.Grader((config.task.name, task_settings),
                              (config.reward.name, reward_settings),
-                             **config.grader)
+                             names=names, **config.grader)
 
   words, limits = _forcing(config, tokenizer)
   found = programs.make(config, model, mesh, eos_ids=tokenizer.eos_ids,

@@ -18,7 +18,7 @@ grades inside its worker. Ours do not; see `tasks/_answers.py`.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import selectors
 import time
 from typing import Any
@@ -50,7 +50,8 @@ class Grader:
 
   def __init__(self, task: tuple[str, dict],
                reward: tuple[str, dict] | None = None,
-               num_workers: int = 1, deadline: float = 5.0):
+               num_workers: int = 1, deadline: float = 5.0,
+               names: Collection[str] = ()):
     """Keeps the settings; starts nothing.
 
     Args:
@@ -58,6 +59,7 @@ class Grader:
       reward: the same of the method whose `read` is wanted, None = no read.
       num_workers: processes.
       deadline: seconds an item may take.
+      names: grades that every item shall have, should all of a call fail.
 
     Raises:
       ValueError: no workers, no time, or settings that JSON cannot hold.
@@ -72,6 +74,7 @@ class Grader:
                        f'{task} and {reward}: {error}') from error
     self._num_workers = num_workers
     self._deadline = deadline
+    self._names = tuple(names)
     self._selector = selectors.DefaultSelector()
     self._workers: list[grading_worker.Worker] = []
     self.counts = dict.fromkeys(VERDICTS, 0)
@@ -126,7 +129,8 @@ class Grader:
     for result in found:
       self.counts[result['verdict']] += 1
     self._warn()
-    zeros = dict.fromkeys((name for result in found for name in result), 0.0)
+    zeros = dict.fromkeys(
+        (*self._names, *(name for result in found for name in result)), 0.0)
     return [zeros | result for result in found]
 
   def _warn(self) -> None:

@@ -252,6 +252,12 @@ def test_a_hostile_batch_ends_and_leaves_the_parent_as_it_was(plugins):
   assert verdicts[-2:] == ['correct', 'unparsed']  # the last one only thought
 
 
+def test_a_call_that_fails_whole_has_all_names(plugins):
+  with grader.Grader(('hostile.task', {}), names=('boxed',)) as it:
+    (result,) = it.grade(['raise'], _examples(1))
+  assert result == {'verdict': 'crash', 'correct': 0.0, 'boxed': 0.0}
+
+
 def test_close_ends_the_workers_and_grade_starts_them_again(plugins):
   it = grader.Grader(('hostile.task', {}))
   it.start()
