@@ -29,28 +29,25 @@ _PER_TOKEN = ('policy/entropy', 'policy/clip_fraction', 'policy/kl',
               'policy/sampler_ratio_outside')
 
 
-def make_batch_fn(aggregate: str, shardings: Any = None, *,
-                  drop_truncated: bool = False,
-                  eos_ids: Sequence[int] = ()) -> Callable:
-  """A jitted `(rollout, advantages [P, G], slots, trained) -> Batch`, unscored.
+def make_batch_fn(aggregate: str, shardings: Any = None) -> Callable:
+  """A jitted `(rollout, advantages [P, G], slots, trained, dropped) -> Batch`.
 
   Args:
     aggregate: how tokens are weighed, see `losses.token_weights`.
     shardings: of the batch; None on one device.
-    drop_truncated: whether completions that do not end with one of `eos_ids`
-      are left out of the loss, numerator and denominator. In their group's
-      advantages they count.
-    eos_ids: the stop tokens.
 
   Returns:
-    The function. It cuts the completions to `slots` slots, a Python int; what
-    is cut must be padding. Tokens where `trained`, bool [B, T], is false have
-    advantage 0, and weigh what they would; None = all are trained on.
+    The function. The batch is not scored yet. It cuts the completions to
+    `slots` slots, a Python int; what is cut must be padding. Tokens where
+    `trained`, bool [B, T], is false have advantage 0, and weigh what they
+    would; None = all are trained on. Completions where `dropped`, bool [P, G],
+    is true are left out of the loss, numerator and denominator; None = none.
+    In their group's advantages they count.
   """
 
-  def make_batch(rollout, advantages, slots, trained=None):
+  def make_batch(rollout, advantages, slots, trained=None, dropped=None):
     # Before the cut: 'constant' divides by the cap.
-    keep = _has_ended(rollout, eos_ids) if drop_truncated else None
+    keep = None if dropped is None else ~ops.to_batch(dropped)
     weights = losses.token_weights(rollout.action_mask, aggregate, keep)
     advantages = ops.to_batch(advantages)
     if trained is not None:
@@ -273,15 +270,6 @@ def _if_filled(rollout: types.Rollout, run: Callable, nothing: Callable) -> Any:
   if rollout.segments is None:
     return run()
   return jax.lax.cond(jnp.any(rollout.segments), run, nothing)
-
-
-def _has_ended(rollout: types.Rollout,
-               eos_ids: Sequence[int]) -> Bool[Array, 'B']:
-  """Whether a completion's last token is a stop token."""
-  lengths = jnp.sum(rollout.completion_mask, axis=1, keepdims=True)
-  last = jnp.take_along_axis(rollout.completion_tokens,
-                             jnp.maximum(lengths - 1, 0), axis=1)
-  return (ops.is_any_of(last, eos_ids) & (lengths > 0))[:, 0]
 
 
 def _ratios(

@@ -141,10 +141,10 @@ def make(config: ml_collections.ConfigDict, model: Any,
       lambda x: x.astype(sampler_model.dtype), by_layer(params))
   forward = {'temperature': rollout.temperature,
              'microbatch_size': config.updates.microbatch_size}
-  loss = {key: config.loss[key] for key in config.loss}
-  make_batch = grpo.make_batch_fn(
-      loss.pop('aggregate'), batch, eos_ids=eos_ids,
-      drop_truncated=loss.pop('drop_truncated'))
+  # Which completions count is said with each batch.
+  loss = {key: config.loss[key] for key in config.loss
+          if key != 'drop_truncated'}
+  make_batch = grpo.make_batch_fn(loss.pop('aggregate'), batch)
   score = grpo.make_score_fn(model, shardings=(param_shardings, batch),
                              **forward)
   update = grpo.make_update_fn(

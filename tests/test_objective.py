@@ -177,22 +177,17 @@ def test_microbatches_do_not_matter_to_what_covaries(batch, tiny_model,
                   gradient_of(on_policy, B)) == 0
 
 
-def test_what_did_not_end_leaves_the_loss():
-  rollout = make_rollout()
-  last = np.maximum(np.asarray(LENGTHS) - 1, 0)
-  ended = np.arange(B) % 3 > 0
-  tokens = np.array(rollout.completion_tokens)
-  tokens[np.arange(B), last] = np.where(ended, 1 + np.arange(B) % 2, 5)
-  rollout = rollout.replace(completion_tokens=jnp.asarray(tokens))
-  advantages = jnp.ones((2, B // 2))
-  make = lambda **settings: grpo.make_batch_fn('token', **settings)(
-      rollout, advantages, T)
-  found = make(drop_truncated=True, eos_ids=(1, 2))
-  counted = ended & (np.asarray(LENGTHS) > 0)
+def test_what_is_dropped_leaves_the_loss():
+  rollout, advantages = make_rollout(), jnp.ones((2, B // 2))
+  dropped = np.arange(B).reshape(2, B // 2) % 3 == 0
+  make = lambda *args: grpo.make_batch_fn('token')(rollout, advantages, T,
+                                                   None, *args)
+  found = make(dropped)
+  counted = ~dropped.reshape(B) & (np.asarray(LENGTHS) > 0)
   np.testing.assert_array_equal((np.asarray(found.weights) > 0).any(1), counted)
   np.testing.assert_allclose(found.weights.sum(), 1.0, rtol=1e-6)
-  # Off, the stop tokens are not asked for.
-  np.testing.assert_array_equal(make().weights, make(eos_ids=(1, 2)).weights)
+  np.testing.assert_array_equal(make().weights,
+                                make(np.zeros_like(dropped)).weights)
 
 
 def test_drpo_finds_the_cap_of_sampling():
