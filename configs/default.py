@@ -68,7 +68,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       # right or all wrong; DAPO's dynamic sampling. 0 = never.
       'refill_rounds': 0,
       # SIRI: the cap swings between max_completion_length and `least` tokens
-      # once in so many steps; 0 = it does not.
+      # once in so many steps of the run; 0 = it does not.
       'cap_cycle': {'least': 0, 'steps': 0},
       # Tokens that are written, not drawn: the first of a share of each group
       # (AdaptThink's '</think>'; in training alone), and s1's budget forcing,

@@ -33,6 +33,8 @@ class Groups(NamedTuple):
     graded: what grading found; its outcomes are of the task alone.
     outcomes: with what the method has measured, on devices.
     rounds: how often prompts were drawn.
+    replaced: the outcomes of the groups that later rounds have taken the
+      place of, or that they brought in vain; as many of each round.
   """
 
   examples: list[types.Example]
@@ -41,6 +43,7 @@ class Groups(NamedTuple):
   graded: rollout.Graded
   outcomes: types.Outcomes
   rounds: int
+  replaced: tuple[types.Outcomes, ...] = ()
 
 
 def collect(run: build.Run, state: types.TrainState, step: int,
@@ -119,13 +122,16 @@ def _refilled(run: build.Run, groups: Groups, found: Groups) -> Groups:
   takes = np.asarray(advantages_lib.refill(
       *(advantages_lib.informative(x.outcomes.correct)
         for x in (groups, found))))
+  others = np.setdiff1d(np.arange(2 * len(takes)), takes)
   pick = lambda a, b: [(*a, *b)[i] for i in takes]
   first, second = ((x.prompts, x.samples, x.outcomes)
                    for x in (groups, found))
   prompts, samples, outcomes = _placed(take, first, first, second, takes)
+  replaced = _placed(take, first[2], first[2], second[2], others)
   return Groups(
       examples=pick(groups.examples, found.examples), prompts=prompts,
       samples=samples, outcomes=outcomes, rounds=found.rounds,
+      replaced=(*groups.replaced, replaced),
       graded=_merged(groups.graded, found.graded, takes)._replace(
           outcomes=jax.device_get(outcomes)))
 
@@ -143,7 +149,7 @@ def cut(samples: types.Rollout, kept: Int[Array, 'B'] | Int[np.ndarray, 'B'],
 
 def take(first: Any, second: Any,
          groups: Int[Array, 'P'] | Int[np.ndarray, 'P']) -> Any:
-  """(prompts, samples, outcomes) of these groups of two rounds.
+  """Prompts, samples, outcomes of these groups of two rounds.
 
   Args:
     first: of P groups.

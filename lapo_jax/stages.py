@@ -94,11 +94,16 @@ def save(folder: pathlib.Path, stage: int, state: types.TrainState,
                   {'seconds': seconds, 'step': int(state.step)}, metric)
 
 
-def begin(run: build.Run, stage: int,
+def begin(runs: list[build.Run], stage: int,
           state: types.TrainState) -> types.TrainState:
-  """The state at a stage's start: new optimizer, the memory passes on."""
-  memory = state.reward_state
-  if (jax.tree.map(jnp.shape, memory) !=
+  """The state at a stage's start: new optimizer, the memory passes on.
+
+  To the same method, that is, if it keeps as much: another may mean something
+  else by the same shapes.
+  """
+  run, memory = runs[stage], state.reward_state
+  if (run.config.reward.name != runs[stage - 1].config.reward.name or
+      jax.tree.map(jnp.shape, memory) !=
       jax.tree.map(jnp.shape, run.state_shapes.reward_state)):
     memory = run.replicate(run.reward.init(len(run.task)))
   return state.replace(

@@ -56,6 +56,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
   config = run.config
   on_policy = checks.updates_per_batch(config) == 1
   apply_reward = jax.jit(run.reward.apply)
+  remember = jax.jit(run.reward.remember)
   first_step = int(state.step)
   bar = wording.progress(last_step, first_step, run.name)
 
@@ -66,12 +67,16 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
 
     with timer('advantages'):
       rewards, reward_state = apply_reward(outcomes, state.reward_state)
+      for others in found.replaced:
+        reward_state = remember(others, reward_state)
       advantages = advantages_lib.from_rewards(rewards, outcomes.lengths,
                                                **config.advantage)
       slots = ops.bucket(int(np.max(graded.outcomes.lengths)),
                          config.rollout.max_completion_length)
       trained = run.mute and run.mute(samples, outcomes.correct)
-      batch = run.make_batch(samples, advantages, slots, trained)
+      dropped = (outcomes.truncated if config.loss.drop_truncated else
+                 None)
+      batch = run.make_batch(samples, advantages, slots, trained, dropped)
 
     with timer('score'):
       lengths = run.layout.lengths(batch.rollout)
@@ -180,7 +185,7 @@ def train(runs: list[build.Run], workdir: str) -> types.TrainState:
     for i in range(current, len(runs)):
       run = runs[i]
       if int(state.stage) < i:
-        state = stages.begin(run, i, state)
+        state = stages.begin(runs, i, state)
       save = lambda state, metric, i=i: stages.save(workdir, i, state,
                                                     seconds(), metric)
       with run.grader:

@@ -48,7 +48,9 @@ class RewardFunction:
 
   Attributes:
     state: the method's memory, a pytree of arrays: save it with a checkpoint,
-      set it to go on.
+      set it to go on. TRL asks its reward functions in evaluations, too: what
+      a method keeps of batches (leash, lead, laser) then moves with held-out
+      ones, unless it is set back afterwards.
   """
 
   def __init__(self, name: str, *, correct: Callable | str,

@@ -124,7 +124,8 @@ class Rewards:
   Attributes:
     terms: float32 [P, G] by name; a simple method has one.
     weights: float32 [] by name, None = all ones.
-    keep: bool [P, G], None = all; dropped completions count as absent.
+    keep: bool [P, G], None = all; the others count for no statistic of their
+      group and have advantage 0. In the loss they weigh what they would.
   """
 
   terms: Mapping[str, Leaf]
@@ -192,6 +193,12 @@ def _no_memory(num_examples: int) -> Any:
   return ()
 
 
+def _remembers_nothing(outcomes: Outcomes, state: Any) -> Any:
+  """The memory of a method that keeps nothing of a single problem."""
+  del outcomes
+  return state
+
+
 def _unchanged(example: Example, index: int, state: Any,
                rng: np.random.Generator) -> Example:
   """The prompt of a method that states no budget."""
@@ -230,6 +237,10 @@ class Reward(NamedTuple):
     mute: (text of each token) -> a function (Rollout, correct [B]) ->
       bool [B, T], false on tokens whose advantage shall be 0; None = all
       count.
+    remember: (Outcomes, state) -> state; what the memory keeps of problems
+      that were sampled but are not trained on, because others were drawn in
+      their place (`rollout.refill_rounds`). Pure arrays, jitted by the loop;
+      their extras lack what `measure` finds.
   """
 
   apply: Callable[[Outcomes, Any], tuple[Rewards, Any]]
@@ -242,6 +253,7 @@ class Reward(NamedTuple):
   trim: Callable[[Outcomes], jax.Array] | None = None
   mute: Callable[[Sequence[str]], Callable[[Rollout, jax.Array],
                                            jax.Array]] | None = None
+  remember: Callable[[Outcomes, Any], Any] = _remembers_nothing
 
 
 @runtime_checkable

@@ -78,7 +78,7 @@ def test_what_is_cut_is_padding():
 def run(model_folder, tmp_path):
   """Trains the toy config; its metrics, step by step, and its folder."""
 
-  def run(argument='accuracy', name='run', **overrides):
+  def run(argument='accuracy', name='run', spy=lambda one: one, **overrides):
     config = toy_config.get_config(argument)
     config.model.path = model_folder
     config.stages = ()
@@ -86,7 +86,9 @@ def run(model_folder, tmp_path):
     config.update_from_flattened_dict(
         {'total_steps': 2, **{key.replace('__', '.'): value
                               for key, value in overrides.items()}})
-    state = train.train_and_evaluate(config, str(tmp_path / name))
+    folder = str(tmp_path / name)
+    state = train.train([spy(one) for one in train.prepare(config, folder)],
+                        folder)
     lines = (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if 'update/loss' in line]
     return steps, state, config
@@ -107,6 +109,62 @@ def test_rounds_fill_the_batch(run):
   assert paid[0]['rollout/rounds'] == filled[0]['rollout/rounds']
 
 
+def test_problems_that_are_drawn_again_are_remembered(run):
+  rounds = []
+
+  def spy(one):
+    def replicate(tree):
+      if isinstance(tree, types.Outcomes):
+        rounds.append(jax.device_get(tree))
+      return one.replicate(tree)
+    return one._replace(replicate=replicate)
+
+  # In groups of two are many all right, which are drawn again.
+  steps, state, config = run('lapo', spy=spy, rollout__refill_rounds=2,
+                             rollout__group_size=2)
+  assert len(rounds) == sum(line['rollout/rounds'] for line in steps) > 2
+  size = len(state.reward_state['target'])
+  expected = np.full(size, config.rollout.max_completion_length, np.float32)
+  solved = 0
+  for found in rounds:
+    for index, correct, lengths in zip(found.prompt_index, found.correct,
+                                       found.lengths, strict=True):
+      good = lengths[correct > 0.5]
+      solved += len(good) == len(lengths)
+      expected[index] = (np.median(good) if len(good) else
+                         config.rollout.max_completion_length)
+  np.testing.assert_array_equal(state.reward_state['target'], expected)
+  assert solved
+
+
+def test_noise_is_new_at_each_step_and_round_and_of_the_whole_policy(
+    run, monkeypatch):
+  problems, drawn = np.arange(8), []
+  # The same problems and the same policy, so that only the noise can differ.
+  monkeypatch.setattr(rollout, 'choose', lambda *args: problems)
+
+  def spy(one):
+    def sample(*args, **kwargs):
+      # No top-p or top-k: it would train another distribution.
+      assert kwargs.keys() == {'budgets', 'watch'}
+      found = one.sample(*args, **kwargs)
+      drawn.append(np.asarray(found.completion_tokens))
+      return found
+    return one._replace(sample=sample)
+
+  # Groups of two are seldom all mixed: both steps have two rounds.
+  steps, _, _ = run(spy=spy, rollout__refill_rounds=1, rollout__group_size=2,
+                    rollout__temperature=0.5, optimizer__learning_rate=0.0)
+  assert len(drawn) == 4
+  for i, one in enumerate(drawn):
+    for other in drawn[:i]:
+      assert not (one[:, 0] == other[:, 0]).all()
+      assert np.mean((one == other).all(-1)) < 0.5
+  # The scorer's policy is the sampler's, at a temperature that is not 1.
+  for line in steps:
+    assert abs(line['policy/sampler_ratio_max'] - 1) < 1e-3
+
+
 def test_what_a_method_cuts_is_graded_and_trained_on_as_cut(run, monkeypatch):
   seen = []
   graded = rollout.regrade
@@ -116,9 +174,24 @@ def test_what_a_method_cuts_is_graded_and_trained_on_as_cut(run, monkeypatch):
     seen.append((before.outcomes, samples, after))
     return after
 
+  outcomes, batches = [], []
+
+  def spy(one):
+    def replicate(tree):
+      if isinstance(tree, types.Outcomes):
+        outcomes.append(jax.device_get(tree))
+      return one.replicate(tree)
+
+    def make_batch(*args):
+      batches.append(one.make_batch(*args))
+      return batches[-1]
+
+    return one._replace(replicate=replicate, make_batch=make_batch)
+
   monkeypatch.setattr(rollout, 'regrade', regrade)
   # At α below 0 groups that are all correct lose what is above the least.
-  run('dot', reward__alpha=-1.0, reward__slack=1)
+  run('dot', spy=spy, reward__alpha=-1.0, reward__slack=1,
+      rollout__group_size=2, loss__drop_truncated=True)
   cut = 0
   for before, samples, after in seen:
     lengths = np.asarray(after.outcomes.lengths)
@@ -129,6 +202,12 @@ def test_what_a_method_cuts_is_graded_and_trained_on_as_cut(run, monkeypatch):
     assert np.all((lengths == before.lengths)[~whole])
     np.testing.assert_array_equal(after.outcomes.truncated, before.truncated)
   assert cut
+  for found, batch in zip(outcomes, batches, strict=True):
+    # What was cut has ended all the same: only the truncated leave the loss.
+    assert found.truncated.any()
+    np.testing.assert_array_equal(np.asarray(batch.weights).any(-1),
+                                  (~found.truncated & (found.lengths > 0)
+                                   ).reshape(-1))
 
 
 def test_silent_tokens_move_nothing(run):

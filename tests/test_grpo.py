@@ -179,11 +179,17 @@ def test_rescored_old_log_probs_are_as_good_as_none(score, params, gradient_of,
   assert abs(metrics['policy/sampler_kl']) < 1e-6
 
 
-@pytest.mark.parametrize('size', [1])
-def test_microbatches_add_up_to_the_whole(gradient_of, whole, size):
-  gradient, metrics = gradient_of(make_batch(), microbatch_size=size)
-  assert distance(gradient, whole[0]) < 1e-6
-  assert_near(metrics, whole[1])
+def test_microbatches_add_up_to_the_whole(gradient_of, score, params):
+  batch = make_batch()
+  # Off-policy and against a reference: no metric is 0.
+  old = score(params, batch.rollout)
+  off = np.random.default_rng(0).normal(size=old.shape)
+  batch = batch.replace(old_logprobs=old + 0.3 * off, ref_logprobs=old - off)
+  gradient, metrics = gradient_of(batch, microbatch_size=1, kl_coef=0.1)
+  expected = gradient_of(batch, kl_coef=0.1)
+  assert distance(gradient, expected[0]) < 1e-6
+  assert_near(metrics, expected[1])
+  assert metrics['policy/kl'] > 0.1 and metrics['policy/clip_fraction'] > 0.1
 
 
 def test_scores_do_not_depend_on_the_microbatch(score, model, params):

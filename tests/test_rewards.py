@@ -125,6 +125,18 @@ def test_shapes_and_finite(name, method, how, equal):
 
 
 @pytest.mark.parametrize('how', GRADES)
+def test_what_is_kept_of_a_problem_is_kept_of_those_drawn_again(name, method,
+                                                                how):
+  outcomes, state = graded(method, how), method.init(N)
+  _, expected = step(name)(outcomes, state)
+  # A memory of problems moves alike; one of batches is of what is trained on.
+  per_problem = all(leaf.shape == (N,) for leaf in jax.tree.leaves(state))
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+      method.remember(outcomes, state), expected if per_problem else state)
+
+
+@pytest.mark.parametrize('how', GRADES)
 def test_jit_changes_nothing(name, method, how):
   outcomes, state = graded(method, how), method.init(N)
   expected = step(name)(outcomes, state)
@@ -241,7 +253,8 @@ def test_what_is_no_number_is_told(name, unchecked):
     reward(correct, lengths.tolist(), *rest)
   with pytest.raises(ValueError, match='lengths is bool.*the order is'):
     reward(lengths, correct > 0, *rest)
-  for kind in (np.uint16, np.uint32, np.int8):  # their differences wrap around
+  # The differences of some wrap around, others round thousands.
+  for kind in (np.uint16, np.uint32, np.int8, np.float16, jnp.bfloat16):
     with pytest.raises(ValueError, match=f'lengths is {kind.__name__}.*int32'):
       reward(correct, lengths.astype(kind), *rest)
   with pytest.raises(ValueError, match='correct is complex64.*real numbers'):

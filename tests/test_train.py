@@ -327,6 +327,22 @@ def test_a_stage_start_is_new_but_for_policy_and_memory(make_config, tmp_path):
   np.testing.assert_allclose(end.reward_state['target'], table)
 
 
+def test_a_memory_passes_to_the_same_method_alone(make_config, tmp_path):
+  # Visits of each problem are as many numbers as shortest lengths.
+  config = make_config('accuracy')
+  with config.unlocked():
+    config.stages = tuple({'reward.name': name}
+                          for name in ('e1', 'e1', 'exp_think'))
+  runs = train.prepare(config, str(tmp_path))
+  _, state, _ = stages.resume(runs, tmp_path)
+  visits = state.reward_state + 5
+  state = stages.begin(runs, 1, state.replace(reward_state=visits))
+  np.testing.assert_array_equal(state.reward_state, visits)
+  state = stages.begin(runs, 2, state)
+  np.testing.assert_array_equal(state.reward_state,
+                                runs[2].reward.init(len(runs[2].task)))
+
+
 @pytest.fixture
 def poison(monkeypatch):
   """Advantages of these steps, counted from 0, are not numbers."""

@@ -90,12 +90,15 @@ def make(slack: float = 0.3) -> types.Reward:
   def init(num_examples):
     return jnp.full((num_examples,), _NONE, jnp.int32)
 
-  def apply(outcomes, state):
+  def remember(outcomes, state):
     # A minimum: several groups of one problem in a step share their record.
-    state = state.at[outcomes.prompt_index].min(
+    return state.at[outcomes.prompt_index].min(
         shortest_correct(outcomes.correct, outcomes.lengths))
+
+  def apply(outcomes, state):
+    state = remember(outcomes, state)
     total = reward(outcomes.correct, outcomes.lengths,
                    state[outcomes.prompt_index], slack=slack)
     return types.Rewards({'correct': total}), state
 
-  return types.Reward(apply, init)
+  return types.Reward(apply, init, remember=remember)

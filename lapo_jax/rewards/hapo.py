@@ -109,13 +109,18 @@ def make(weight: float = 1.0, worst: float = -0.7) -> types.Reward:
     history = jnp.where(history < _NONE, history, 0)
     score = length_score(outcomes.correct, outcomes.lengths, history,
                          worst=worst)
-    # A minimum: several groups of one problem may come in one step.
-    state = state.at[outcomes.prompt_index].min(
-        _shortest_correct(outcomes.correct, outcomes.lengths))
     correct = outcomes.correct.astype(jnp.float32)
-    return types.Rewards({'correct': correct, 'length': weight * score}), state
+    return (types.Rewards({'correct': correct, 'length': weight * score}),
+            _remember(outcomes, state))
 
-  return types.Reward(apply, init)
+  return types.Reward(apply, init, remember=_remember)
+
+
+def _remember(outcomes: types.Outcomes,
+              state: Int[Array, 'N']) -> Int[Array, 'N']:
+  # A minimum: several groups of one problem may come in one step.
+  return state.at[outcomes.prompt_index].min(
+      _shortest_correct(outcomes.correct, outcomes.lengths))
 
 
 def _shortest_correct(correct: Shaped[Array, 'P G'],

@@ -177,42 +177,49 @@ def make(
     numbers = {name: int(state[name][index]) for name in state}
     return _state_budget(example, guidance, **numbers)
 
-  memory = dict(low=low, high=high, cap=cap, statistic=statistic)
+  def discover(outcomes, state):
+    correct = outcomes.correct.astype(jnp.float32)
+    score = _band_score(correct, outcomes.lengths, low, high, slope)
+    return (types.Rewards({'correct': correct, 'length': alpha * score}),
+            remember(outcomes, state))
+
+  def internalise(outcomes, state):
+    correct, lengths = outcomes.correct.astype(jnp.float32), outcomes.lengths
+    # Unsolved before, the cap is no target: the group centres on itself.
+    own = ops.masked_quantile(lengths, _is_correct(correct), 0.5)
+    stated = outcomes.target_lengths
+    centre = jnp.where(stated < cap, stated, own)
+    score = _target_score(correct, lengths, centre, sigma)
+    return (types.Rewards({'correct': correct, 'length': beta * score}),
+            remember(outcomes, state))
+
+  remember = functools.partial(
+      _refresh if stage == 'discovery' else _lower, low=low, high=high,
+      cap=cap, statistic=statistic)
   if stage == 'discovery':
-    return types.Reward(
-        functools.partial(_discover, alpha=alpha, slope=slope, **memory), init)
-  return types.Reward(
-      functools.partial(_internalise, beta=beta, sigma=sigma, **memory),
-      init, instruct)
+    return types.Reward(discover, init, remember=remember)
+  return types.Reward(internalise, init, instruct, remember=remember)
 
 
-def _discover(outcomes: types.Outcomes, state: Memory, *, alpha, slope, low,
-              high, cap, statistic) -> tuple[types.Rewards, Memory]:
+def _refresh(outcomes: types.Outcomes, state: Memory, *, low, high, cap,
+             statistic) -> Memory:
   """M(q) becomes the group's, whatever it was; the cap if none is correct."""
-  correct, lengths = outcomes.correct.astype(jnp.float32), outcomes.lengths
-  score = _band_score(correct, lengths, low, high, slope)
-  solved, found = _group_facts(correct, lengths, low, high, statistic)
-  state = {name: state[name].at[outcomes.prompt_index].set(
+  solved, found = _group_facts(outcomes.correct, outcomes.lengths, low, high,
+                               statistic)
+  return {name: state[name].at[outcomes.prompt_index].set(
       jnp.where(solved, found[name], cap)) for name in state}
-  return types.Rewards({'correct': correct, 'length': alpha * score}), state
 
 
-def _internalise(outcomes: types.Outcomes, state: Memory, *, beta, sigma, low,
-                 high, cap, statistic) -> tuple[types.Rewards, Memory]:
+def _lower(outcomes: types.Outcomes, state: Memory, *, low, high, cap,
+           statistic) -> Memory:
   """M(q) becomes the group's if that is lower or the first."""
-  correct, lengths = outcomes.correct.astype(jnp.float32), outcomes.lengths
-  # Unsolved before, the cap is no target: the group centres on itself.
-  own = ops.masked_quantile(lengths, _is_correct(correct), 0.5)
-  stated = outcomes.target_lengths
-  centre = jnp.where(stated < cap, stated, own)
-  score = _target_score(correct, lengths, centre, sigma)
-  solved, found = _group_facts(correct, lengths, low, high, statistic)
+  solved, found = _group_facts(outcomes.correct, outcomes.lengths, low, high,
+                               statistic)
   index = outcomes.prompt_index
   old = state['target'][index]
   better = solved & ((old >= cap) | (found['target'] < old))
-  state = {name: state[name].at[index].set(
+  return {name: state[name].at[index].set(
       jnp.where(better, found[name], state[name][index])) for name in state}
-  return types.Rewards({'correct': correct, 'length': beta * score}), state
 
 
 def _state_budget(example: types.Example, guidance: str, target: int, low: int,
