@@ -55,9 +55,13 @@ class Run:
 
   @property
   def seconds(self) -> float:
-    """What the training steps took; evaluations are not among them."""
-    return math.fsum(value for step in self.steps for name, value
-                     in step.items() if is_time(name) and value is not None)
+    """What the training steps took; evaluations are not among them.
+
+    Of every `log_every`-th step it is known; the others count as it does.
+    """
+    return self.config.get('log_every', 1) * math.fsum(
+        value for step in self.steps for name, value in step.items()
+        if is_time(name) and value is not None)
 
 
 @dataclasses.dataclass(frozen=True)

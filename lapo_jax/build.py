@@ -36,6 +36,8 @@ from lapo_jax import tokenizer as tokenizer_lib
 from lapo_jax.models import _folders
 
 STREAMS = ('init', 'sample', 'eval')
+# How parameters are held.
+_OF_ALL_STAGES = ('model', 'mesh', 'updates.scan_layers')
 
 
 class Run(NamedTuple):
@@ -90,10 +92,11 @@ def stage_configs(
       stage.update_from_flattened_dict(overrides)
     except (KeyError, TypeError) as error:
       raise ValueError(f'stages[{i}]: {error.args[0]}') from error
-    if stage.updates.scan_layers != config.updates.scan_layers:
-      raise ValueError(
-          f'stages[{i}]: got an updates.scan_layers of its own, but '
-          'parameters pass from stage to stage as they are; set it for all.')
+    for key in _OF_ALL_STAGES:
+      if str(stage[key]) != str(config[key]):
+        raise ValueError(
+            f'stages[{i}]: got {key} of its own, but parameters pass from '
+            'stage to stage as they are and where they are; set it for all.')
     found.append((name, stage))
   return found
 
@@ -184,7 +187,9 @@ def _forcing(
       first=(np.where(member < share * size, tokenizer.token(first), -1)
              if first else -1),
       least=least, most=most or np.iinfo(np.int32).max)
-  return forcing.Words(tokenizer.token(end), tokenizer.token(wait)), limits
+  word = lambda text, asked: tokenizer.token(text) if asked else -1
+  return forcing.Words(end=word(end, least or most),
+                       wait=word(wait, least)), limits
 
 
 def _make_mute(mute: Callable) -> Callable:

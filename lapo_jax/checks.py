@@ -35,8 +35,7 @@ _RANGES = (
     ('loss.kl_coef', 0, 1e6), ('loss.kl_cov_share', 0, 1),
     ('loss.kl_cov_coef', 0, 1e6), ('loss.importance_cap', 0, _ANY),
     ('optimizer.learning_rate', 0, 1e6), ('optimizer.warmup_share', 0, 1),
-    ('optimizer.final_share', 0, 1), ('optimizer.b1', 0, 1),
-    ('optimizer.b2', 0, 1), ('optimizer.weight_decay', 0, 1e6),
+    ('optimizer.final_share', 0, 1), ('optimizer.weight_decay', 0, 1e6),
     ('updates.num_epochs', 1, _ANY), ('updates.num_minibatches', 1, _ANY),
     ('updates.microbatch_size', 1, _ANY), ('updates.short_share', 0, 1))
 # Above 0, and finite.
@@ -246,6 +245,10 @@ def _numbers(config: ml_collections.ConfigDict) -> None:
       wanted = (f'at least {least}' if most == _ANY else
                 f'a number from {least} to {most:g}')
       raise ValueError(f'{key} {config[key]}: expected {wanted}.')
+  for key in ('optimizer.b1', 'optimizer.b2'):
+    if not 0 <= config[key] < 1:
+      raise ValueError(f'{key} {config[key]}: expected a share below 1, such '
+                       'as 0.9.')
   for key in _POSITIVE:
     if not 0 < config[key] < _ANY:
       raise ValueError(f'{key} {config[key]}: expected a number above 0.')

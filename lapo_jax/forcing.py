@@ -30,8 +30,8 @@ class Words(NamedTuple):
   """The tokens that are written.
 
   Attributes:
-    end: ends thinking.
-    wait: goes on with it.
+    end: ends thinking; -1 = no limit asks for it.
+    wait: goes on with it; likewise.
   """
 
   end: int

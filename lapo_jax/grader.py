@@ -18,7 +18,7 @@ grades inside its worker. Ours do not; see `tasks/_answers.py`.
 """
 
 import collections
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 import selectors
 import time
 from typing import Any
@@ -95,9 +95,15 @@ class Grader:
     while self._workers:
       self._workers.pop().close()
 
-  def grade(self, completions: list[str],
-            examples: list[types.Example]) -> list[dict[str, Any]]:
+  def grade(self, completions: list[str], examples: list[types.Example],
+            whole: bool = True) -> list[dict[str, Any]]:
     """Grades completions, each against its example.
+
+    Args:
+      completions: their texts.
+      examples: one for each.
+      whole: whether this is all that there is; of a part of it the caller
+        gives the verdicts to `check`, with those of the others.
 
     Returns:
       For each completion, in order: 'verdict', one of `VERDICTS`; 'correct'
@@ -128,15 +134,21 @@ class Grader:
     self.counts = dict.fromkeys(VERDICTS, 0)
     for result in found:
       self.counts[result['verdict']] += 1
-    self._warn()
+    if whole:
+      self.check([result['verdict'] for result in found])
     zeros = dict.fromkeys(
         (*self._names, *(name for result in found for name in result)), 0.0)
     return [zeros | result for result in found]
 
-  def _warn(self) -> None:
-    """Says so when faults are no longer rare: they are scored as wrong."""
-    total = sum(self.counts.values())
-    timeouts, crashes = self.counts['timeout'], self.counts['crash']
+  def check(self, verdicts: Sequence[str]) -> None:
+    """Says so when faults are no longer rare: they are scored as wrong.
+
+    Raises:
+      GradingError: every completion crashed its worker.
+    """
+    total = len(verdicts)
+    timeouts, crashes = (sum(verdict == fault for verdict in verdicts)
+                         for fault in ('timeout', 'crash'))
     if crashes == total >= _FEW:
       raise GradingError(
           f'grading: each of {total} completions crashed its worker, which is '

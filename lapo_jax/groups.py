@@ -119,6 +119,7 @@ def _sampled(run: build.Run, policy: Any, state: types.TrainState, step: int,
 
 def _refilled(run: build.Run, groups: Groups, found: Groups) -> Groups:
   """The groups with those of a later round in place of what teaches nothing."""
+  groups, found = _alike(groups, found)
   takes = np.asarray(advantages_lib.refill(
       *(advantages_lib.informative(x.outcomes.correct)
         for x in (groups, found))))
@@ -134,6 +135,15 @@ def _refilled(run: build.Run, groups: Groups, found: Groups) -> Groups:
       replaced=(*groups.replaced, replaced),
       graded=_merged(groups.graded, found.graded, takes)._replace(
           outcomes=jax.device_get(outcomes)))
+
+
+def _alike(*rounds: Groups) -> list[Groups]:
+  """The rounds with the same extras: 0 where a task has not named a grade."""
+  zeros = jnp.zeros_like(rounds[0].outcomes.correct)
+  names = sorted({name for one in rounds for name in one.outcomes.extras})
+  return [one._replace(outcomes=one.outcomes.replace(extras={
+      name: one.outcomes.extras.get(name, zeros) for name in names}))
+          for one in rounds]
 
 
 def cut(samples: types.Rollout, kept: Int[Array, 'B'] | Int[np.ndarray, 'B'],

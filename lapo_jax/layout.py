@@ -48,7 +48,9 @@ class Layout(NamedTuple):
       return self.pack(batch, self.plan(batch, lengths))
     slots = batch.rollout.completion_mask.shape[1]
     size = self.microbatch_size
-    num_short = int(self.short_share * len(lengths)) // size * size
+    # One microbatch at least stays long, or there would be none to scan over.
+    num_short = min(int(self.short_share * len(lengths)) // size * size,
+                    len(lengths) - size)
     if not num_short:
       return batch
     longest = int(np.sort(lengths[:, 1])[num_short - 1])

@@ -165,8 +165,8 @@ class Ahead:
   def _grade(self, rows, tokens, lengths):
     texts = _texts(self._tokenizer, tokens, lengths)
     examples = [self._examples[b // self._group_size] for b in rows]
-    return list(zip(rows.tolist(), self._grader.grade(texts, examples),
-                    strict=True))
+    found = self._grader.grade(texts, examples, whole=False)
+    return list(zip(rows.tolist(), found, strict=True))
 
 
 def grade(samples: types.Rollout, prompts: types.Prompts,
@@ -190,8 +190,12 @@ def grade(samples: types.Rollout, prompts: types.Prompts,
   known = ahead.results() if ahead else {}
   left = [i for i, b in enumerate(rows) if b not in known]
   found = grader.grade([texts[i] for i in left],
-                       [examples[rows[i] // group_size] for i in left])
+                       [examples[rows[i] // group_size] for i in left],
+                       whole=not known)
+  in_parts = bool(known)
   known |= zip(rows[left].tolist(), found, strict=True)
+  if in_parts:
+    grader.check([result['verdict'] for result in known.values()])
   zeros = dict.fromkeys((name for r in known.values() for name in r), 0.0)
   results = [zeros | known[b] for b in rows]
   for result, cut in zip(results, truncated.tolist(), strict=True):

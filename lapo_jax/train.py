@@ -191,9 +191,10 @@ def train(runs: list[build.Run], workdir: str) -> types.TrainState:
       with run.grader:
         run.grader.start()
         reference = stages.reference(runs, i, workdir)
-        state = train_stage(
-            run, state, reference and run.put_away(reference),
-            last_step=ends[i], writer=writer, save=save)
+        # By the same name: what is put away shall not stay on the devices.
+        reference = reference and run.put_away(reference)
+        state = train_stage(run, state, reference, last_step=ends[i],
+                            writer=writer, save=save)
         record(i + 1, run, state.params, name=run.name, steps=ends[i])
 
   if jax.process_index() == 0:

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from lapo_jax import hosts, metrics
 
 _NAMED = 5  # differences that are told one by one
 _SHOWN = 60  # characters of a value that are told
+# How the keys of a stage's own settings begin.
+_STAGE = re.compile(r'^stages\[\d+\]\.')
 
 
 def claim(folder: pathlib.Path, contents: Mapping[str, Any],
@@ -53,7 +56,7 @@ def _claim(folder: pathlib.Path, contents: Mapping[str, Any],
     changed = [f'{key}: got {_short(mine.get(key))}, the folder\'s run has '
                f'{_short(theirs.get(key))}'
                for key in sorted({**mine, **theirs})
-               if not f'{key}.'.startswith(free)
+               if not f'{_STAGE.sub("", key)}.'.startswith(free)
                and mine.get(key) != theirs.get(key)]
     if changed:
       more = (f'; and {len(changed) - _NAMED} more'
@@ -81,6 +84,9 @@ def _settings(section: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   for key, value in section.items():
     if isinstance(value, dict):
       found |= _settings(value, f'{prefix}{key}.')
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+      for i, part in enumerate(value):
+        found |= _settings(part, f'{prefix}{key}[{i}].')
     else:
       found[f'{prefix}{key}'] = value
   return found

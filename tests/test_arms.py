@@ -59,6 +59,10 @@ def test_rows_by_hand(tmp_path):
   assert row.aes.mean == pytest.approx((3 / 7 + 3 / 8 + 4 / 7) / 2)
   assert other.aes.mean == pytest.approx(0.5 - 5 * 0.25)
   assert row.seconds.mean == 30.0  # six steps of 2 and 3 s
+  one = first.runs[0]
+  # Of steps that were not logged the times are those of their neighbours.
+  rare = dataclasses.replace(one, config={**one.config, 'log_every': 5})
+  assert rare.seconds == 5 * one.seconds
   assert row.by_level['1'] == {'accuracy': pytest.approx(0.85),
                                'mean_tokens': pytest.approx(28.0)}
   assert math.isnan(row.lead.mean)

@@ -41,7 +41,8 @@ class Grader(grader.Grader):
     self._task = task
     self.asked = []
 
-  def grade(self, completions, examples):
+  def grade(self, completions, examples, whole=True):
+    assert whole
     self.asked += [example.question for example in examples]
     return [{'verdict': '', **self._task.grade(text, example)}
             for text, example in zip(completions, examples, strict=True)]

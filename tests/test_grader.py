@@ -208,6 +208,16 @@ def test_a_grader_that_fails_on_everything_is_at_fault_itself(plugins):
     it.grade(['raise thing'] * 8, _examples(8))
 
 
+def test_a_part_of_a_call_is_no_proof_against_the_grader(plugins):
+  with grader.Grader(('hostile.task', {}), num_workers=2) as it:
+    found = it.grade(['raise thing'] * 8, _examples(8), whole=False)
+    verdicts = [result['verdict'] for result in found]
+    assert verdicts == ['crash'] * 8
+    it.check([*verdicts, 'wrong'])
+    with pytest.raises(grader.GradingError, match='each of 8 completions'):
+      it.check(verdicts)
+
+
 def test_what_an_earlier_item_left_behind_is_not_the_next_ones_fault(plugins):
   # The first item is graded, and ends the process during the second.
   with grader.Grader(('hostile.task', {})) as it:

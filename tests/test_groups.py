@@ -165,6 +165,44 @@ def test_noise_is_new_at_each_step_and_round_and_of_the_whole_policy(
     assert abs(line['policy/sampler_ratio_max'] - 1) < 1e-3
 
 
+def test_rounds_may_name_other_grades(run, monkeypatch):
+  graded = rollout.grade
+  names = iter([{'parsed'}, {'parsed', 'unit'}, {'parsed'}])
+
+  def grade(*args):
+    found = graded(*args)
+    keep = next(names, {'parsed'})
+    zeros = jnp.zeros_like(found.outcomes.correct)
+    return found._replace(outcomes=found.outcomes.replace(
+        extras={name: found.outcomes.extras.get(name, zeros)
+                for name in keep}))
+
+  monkeypatch.setattr(rollout, 'grade', grade)
+  steps, _, _ = run(rollout__refill_rounds=2, rollout__group_size=2,
+                    total_steps=1)
+  assert steps[0]['rollout/rounds'] > 1
+
+
+def test_the_reference_that_waits_leaves_the_devices(run):
+  counts = {}
+
+  def spy(one):
+    shape = one.state_shapes.params['embedding'].shape
+    away = one.config.updates.offload_reference
+
+    def update(*args):
+      counts[away] = len([x for x in jax.live_arrays() if x.shape == shape
+                          and x.sharding.memory_kind == 'device'])
+      return one.update(*args)
+
+    return one._replace(update=update)
+
+  for away in (False, True):
+    run(spy=spy, name=f'away {away}', total_steps=1, loss__kl_coef=0.1,
+        updates__offload_reference=away)
+  assert counts[True] == counts[False] - 1
+
+
 def test_what_a_method_cuts_is_graded_and_trained_on_as_cut(run, monkeypatch):
   seen = []
   graded = rollout.regrade
@@ -223,7 +261,8 @@ def test_forced_tokens_are_no_actions(run, monkeypatch):
   monkeypatch.setattr(rollout, 'grade', lambda samples, *rest: (
       seen.append(jax.device_get(samples)), graded(samples, *rest))[1])
   run(rollout__forced__first='a', rollout__forced__end='b',
-      rollout__forced__wait='c', rollout__forced__most=4, total_steps=1,
+      # What no limit asks for need not be a token.
+      rollout__forced__wait='Wait', rollout__forced__most=4, total_steps=1,
       rollout__cap_cycle__least=8, rollout__cap_cycle__steps=2)
   base = seen[0]  # evaluated; then 8 prompts of 4 completions
   samples = next(x for x in seen if len(x.completion_mask) == 32)

@@ -38,6 +38,11 @@ def test_rows_are_split_only_where_that_spares_slots(batch):
   short, long = laid(short_share=0.7).arrange(wide, lengths)
   # Of 11.2 rows two whole microbatches.
   assert short.weights.shape == (8, 16) and long.weights.shape == (8, 32)
+  # Where all are short one microbatch stays long: none is no program's shape.
+  short, long = laid(short_share=1.0).arrange(wide, lengths)
+  assert short.weights.shape == (12, 16) and long.weights.shape == (4, 32)
+  assert laid(short_share=1.0, microbatch_size=16).arrange(wide,
+                                                           lengths) is wide
 
 
 def test_packed_rows_are_scored_and_come_back(batch):

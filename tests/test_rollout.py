@@ -128,7 +128,8 @@ class Grader(grader.Grader):
   def __init__(self):
     self.items = []
 
-  def grade(self, completions, rows):
+  def grade(self, completions, rows, whole=True):
+    del whole
     self.items = list(zip(completions, rows, strict=True))
     return [{'verdict': 'timeout' if 'T' in text else 'crash' if 'C' in text
              else 'correct', 'correct': 1.0, 'parsed': 1.0,
@@ -216,8 +217,8 @@ def test_what_was_graded_ahead_is_not_graded_again(tokenizer, mesh, graded):
   whole, calls = samples(tokenizer, mesh, TEXTS), []
 
   class Counting(Grader):
-    def grade(self, completions, rows):
-      calls.append(len(completions))
+    def grade(self, completions, rows, whole=True):
+      calls.append((len(completions), whole))
       return super().grade(completions, rows)
 
   fake, rows = Counting(), examples('p', 'q', 'r', 's')
@@ -226,7 +227,7 @@ def test_what_was_graded_ahead_is_not_graded_again(tokenizer, mesh, graded):
       ahead.watch(Progress(part))
     found = rollout.grade(whole, prompts_of(mesh, 4), rows, fake, tokenizer,
                           ahead)
-  assert calls == [3, 1, 12]
+  assert calls == [(3, False), (1, False), (12, False)]
   assert found.texts == graded[0].texts
   assert found.verdicts == graded[0].verdicts
   jax.tree.map(np.testing.assert_array_equal, found.outcomes,

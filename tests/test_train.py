@@ -263,11 +263,31 @@ def test_a_state_of_stacked_layers_stops_resumes_and_is_exported(
                load(out), load(other))
   with pytest.raises(ValueError, match='updates.scan_layers'):
     train.train_and_evaluate(make_config(), str(folder))
-  mixed = make_config()
-  with mixed.unlocked():
-    mixed.stages = ({'updates.scan_layers': True},)
-  with pytest.raises(ValueError, match='set it for all'):
-    train.train_and_evaluate(mixed, str(tmp_path / 'mixed'))
+
+
+@pytest.mark.parametrize('key,value', [
+    ('updates.scan_layers', True), ('mesh.tensor', 2),
+    ('model.param_dtype', 'bfloat16')])
+def test_stages_hold_parameters_alike(make_config, tmp_path, key, value):
+  config = make_config()
+  with config.unlocked():
+    config.stages = ({}, {key: value})
+  with pytest.raises(ValueError, match=r'stages\[1\]: .*set it for all'):
+    train.prepare(config, str(tmp_path / 'run'))
+
+
+def test_what_is_free_is_free_in_a_stage(make_config, tmp_path):
+
+  def prepare(**settings):
+    config = make_config()
+    with config.unlocked():
+      config.stages = ({'name': 'one'}, {'name': 'two', **settings})
+    train.prepare(config, str(tmp_path))
+
+  prepare(**{'rollout.num_slots': 8})
+  prepare(**{'rollout.num_slots': 16, 'updates.remat': 'full'})
+  with pytest.raises(ValueError, match=r'run.*stages\[1\].loss.kl_coef: got 1'):
+    prepare(**{'loss.kl_coef': 1.0})
 
 
 def test_a_stage_start_is_new_but_for_policy_and_memory(make_config, tmp_path):

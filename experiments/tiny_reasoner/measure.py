@@ -42,7 +42,8 @@ class _Direct:
   def __init__(self, task: types.Task):
     self._task = task
 
-  def grade(self, completions, examples):
+  def grade(self, completions, examples, whole=True):
+    del whole
     return [{'verdict': '', **self._task.grade(text, example)}
             for text, example in zip(completions, examples, strict=True)]
 
