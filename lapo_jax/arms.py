@@ -147,11 +147,21 @@ def grouped(runs: Iterable[Run]) -> list[Arm]:
 
   An arm has its first run's name, without a number at its end if it has
   several runs.
+
+  Raises:
+    ValueError: two runs of one arm with the same seed, which are one run to
+      any statistic.
   """
   found = {}
   for run in runs:
     settings = {k: v for k, v in run.config.items() if k != 'seed'}
-    found.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    mine = found.setdefault(json.dumps(settings, sort_keys=True), [])
+    for other in mine:
+      if other.config.get('seed') == run.config.get('seed'):
+        raise ValueError(f'{other.name} and {run.name} are runs of one config '
+                         'and one seed: expected seeds that differ; leave one '
+                         'out.')
+    mine.append(run)
   name = lambda runs: (runs[0].name if len(runs) == 1 else
                        runs[0].name.rstrip('0123456789').rstrip('_-. '))
   return [Arm(name(mine) or mine[0].name, mine) for mine in found.values()]

@@ -110,6 +110,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
   param_places = sharding.for_sampling(sharding.partition(
       family.PARTITION_RULES, family.init_shapes(model), mesh))
   tokenizer = tokenizer_lib.load(_folders.resolve(config.model.path))
+  checks.tokens(tokenizer, model.vocab_size)
   encode = _few_shapes(
       rollout.make_encode_fn(tokenizer, config.template,
                              config.max_prompt_length, places),
@@ -143,8 +144,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Evaluation:
   base = eval_folder.read_base(config.base_run, evaluation.problems,
                                config.max_completion_length)
   workdir_lib.claim(
-      evaluation.workdir, {'config.json': json.loads(config.to_json()),
-                           'data.json': evaluation.problems}, _FREE_KEYS)
+      evaluation.workdir,
+      {'config.json': json.loads(config.to_json()),
+       'data.json': evaluation.problems,
+       'model.json': {'fingerprint': _folders.fingerprint(config.model.path)}},
+      _FREE_KEYS)
   return evaluation._replace(base=base,
                              log=eval_folder.Log(evaluation.workdir))
 

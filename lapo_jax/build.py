@@ -88,6 +88,9 @@ def stage_configs(
     overrides = dict(overrides)
     name = overrides.pop('name', f'stage {i + 1}' if config.stages
                          else config.reward.name)
+    if not isinstance(name, str) or not name or name in dict(found):
+      raise ValueError(f'stages[{i}]: got the name {name!r}: expected a text '
+                       'that no other stage has.')
     try:
       stage.update_from_flattened_dict(overrides)
     except (KeyError, TypeError) as error:
@@ -115,6 +118,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
 
   # Task, text, method.
   tokenizer = tokenizer_lib.load(_folders.resolve(config.model.path))
+  checks.tokens(tokenizer, model.vocab_size)
   task_settings = _without_name(config.task)
   task, eval_task = _make_tasks(config, task_settings)
   reward_settings = _without_name(config.reward)

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from lapo_jax import advantages, losses, ratios, types
+from lapo_jax import tokenizer as tokenizer_lib
 from lapo_jax.models import _decoder
 
 CACHE_DTYPES = ('', 'float32', 'bfloat16', 'int8')  # '' = the model's
@@ -126,6 +127,11 @@ def batches(config: ml_collections.ConfigDict, parts: int,
           f'as {near} or {near + sampling_parts}.')
   rows = prompts * config.rollout.group_size
   legal = microbatch_sizes(config, parts)
+  if not legal:
+    raise ValueError(
+        f'updates.num_minibatches {minibatches}: {rows} completions on '
+        f'{parts} devices do not divide into so many; expected a divisor of '
+        f'{rows // parts}.')
   if size not in legal:
     raise ValueError(
         f'updates.microbatch_size {size} does not fit {rows} completions in '
@@ -140,6 +146,17 @@ def microbatch_sizes(config: ml_collections.ConfigDict,
   minibatches = config.updates.num_minibatches
   return [n for n in range(parts, rows // minibatches + 1, parts)
           if rows % (minibatches * n) == 0]
+
+
+def tokens(tokenizer: tokenizer_lib.Tokenizer, vocab_size: int) -> None:
+  """Checks that the model has a row for every stop and padding token."""
+  outside = [i for i in (*tokenizer.eos_ids, tokenizer.pad_id)
+             if not 0 <= i < vocab_size]
+  if outside:
+    raise ValueError(
+        f'the stop and padding tokens {outside} are none of the model\'s '
+        f'{vocab_size}: expected ids from 0 to {vocab_size - 1}; mend '
+        'eos_token_id of generation_config.json, or the tokenizer\'s files.')
 
 
 def text(task: types.Task, reward: types.Reward) -> set[str]:
@@ -253,5 +270,5 @@ def _numbers(config: ml_collections.ConfigDict) -> None:
     if not 0 < config[key] < _ANY:
       raise ValueError(f'{key} {config[key]}: expected a number above 0.')
   for name, value in config.reward.items():
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'reward.{name} {value}: expected a number.')

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -49,14 +50,19 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> pathlib.Path:
   source = _folders.resolve(settings['path'])
   params = _restore(workdir / 'checkpoints', family, model, stacked)
 
-  # Beside it, so that the rename stays within one disk.
-  part = out.with_name(f'{out.name}.part')
-  shutil.rmtree(part, ignore_errors=True)
-  family.save(params, part, model, source=str(source))
-  for file in _COPIED:
-    if (source / file).is_file():
-      shutil.copyfile(source / file, part / file)
-  os.replace(part, out)
+  # Beside it, so that the rename stays within one disk; a name that is free.
+  out.parent.mkdir(parents=True, exist_ok=True)
+  part = pathlib.Path(tempfile.mkdtemp(prefix=f'{out.name}.', dir=out.parent))
+  part.chmod(0o755)
+  try:
+    family.save(params, part, model, source=str(source))
+    for file in _COPIED:
+      if (source / file).is_file():
+        shutil.copyfile(source / file, part / file)
+    os.replace(part, out)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
   return out
 
 

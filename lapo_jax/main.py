@@ -66,6 +66,9 @@ def run() -> None:
          'of configs/default.py and of a plug-in\'s `make`.')
   except (flags.Error, ValueError, TypeError, OSError) as error:
     stop(error)
+  if argv[1:]:
+    stop(f'got {" ".join(argv[1:])}: expected flags alone, such as '
+         '--config.seed=3, and quotes around what has spaces.')
   app.run(main, argv=argv, flags_parser=lambda args: args)
 
 

@@ -62,7 +62,8 @@ def run() -> None:
   as_json = flags.DEFINE_bool('json', False, 'Prints JSON.',
                               flag_values=values)
   try:
-    values(main.names_first(sys.argv))
+    if rest := values(main.names_first(sys.argv))[1:]:
+      raise ValueError(f'got {" ".join(rest)}: expected flags alone.')
     if config.value is None or topology.value is None:
       raise ValueError('expected --config=configs/lapo_r1_1p5b.py '
                        '--topology=v5e:4x4')

@@ -20,13 +20,15 @@ import numpy as np
 
 from lapo_jax import build, checkpoint, hosts, metrics, types, workdir
 from lapo_jax import evaluate as evaluate_lib
+from lapo_jax.models import _folders
 
 # Keys in which a resumed run may differ: they change no number it computes,
 # those that follow the devices none but by rounding.
 _FREE_KEYS = ('mesh', 'updates.microbatch_size', 'updates.remat',
               'updates.offload_reference', 'rollout.num_slots',
-              'rollout.cache_share', 'rollout.grade_ahead', 'grader',
-              'log_every', 'samples_every', 'eval_every', 'checkpoint_every')
+              'rollout.max_prompt_length', 'rollout.cache_share',
+              'rollout.grade_ahead', 'grader', 'log_every', 'samples_every',
+              'eval_every', 'checkpoint_every')
 
 
 def agree(runs: list[build.Run]) -> None:
@@ -48,15 +50,17 @@ def agree(runs: list[build.Run]) -> None:
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
           runs: list[build.Run]) -> None:
-  """Makes the folder this run's own: config.json and data.json.
+  """Makes the folder this run's own: config.json, data.json and model.json.
 
   Raises:
     ValueError: it holds a run with another config or of other problems;
       nothing is written.
   """
-  workdir.claim(folder, {'config.json': json.loads(config.to_json()),
-                         'data.json': {run.name: run.manifest for run in runs}},
-                _FREE_KEYS)
+  workdir.claim(folder, {
+      'config.json': json.loads(config.to_json()),
+      'data.json': {run.name: run.manifest for run in runs},
+      'model.json': {'fingerprint': _folders.fingerprint(config.model.path)},
+  }, _FREE_KEYS)
 
 
 def resume(runs: list[build.Run],

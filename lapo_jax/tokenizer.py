@@ -108,7 +108,8 @@ def _stop_ids(folder: pathlib.Path) -> list[int]:
     try:
       found = json.loads(file.read_text()).get('eos_token_id')
       ids = found if isinstance(found, list) else [found]
-      if not all(id_ is None or isinstance(id_, int) for id_ in ids):
+      # Not isinstance: true is no token.
+      if not all(id_ is None or type(id_) is int for id_ in ids):
         raise ValueError(f'eos_token_id is {found!r}: expected token ids')
     except (ValueError, AttributeError) as error:
       raise ValueError(f'{file}: expected the model\'s JSON settings: '

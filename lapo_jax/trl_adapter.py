@@ -106,14 +106,15 @@ class RewardFunction:
       self._measures = bool(found)
 
   def __call__(self, prompts: Sequence[Any], completions: Sequence[Any],
-               completion_ids: Sequence[Sequence[int]],
+               completion_ids: Sequence[Any],
                **columns: Any) -> list[float | None]:
     """Rewards of completions whose groups lie together.
 
     Args:
       prompts: texts or lists of messages, each G times in a row.
       completions: texts or lists of messages.
-      completion_ids: tokens through the stop token.
+      completion_ids: tokens through the stop token; of each completion a list,
+        or an array or tensor of one axis.
       **columns: of the data set, a value per completion.
 
     Returns:
@@ -138,7 +139,7 @@ class RewardFunction:
     rewards = [None] * len(prompts)
     if rows:
       found = self._run(
-          ids=[list(completion_ids[b]) for b in rows],
+          ids=[[int(i) for i in completion_ids[b]] for b in rows],
           grades=[grades[b] for b in rows],
           texts=[(_text(prompts[b]), _text(completions[b])) for b in rows],
           indices=[indices[b] for b in known],

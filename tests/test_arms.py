@@ -87,6 +87,9 @@ def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path):
   found = arms.grouped(runs)
   assert [(a.name, len(a.runs)) for a in found] == [
       ('lapo', 2), ('run 7_0', 1), ('12_0', 1)]
+  # Twice the same run would be a second seed to every interval.
+  with pytest.raises(ValueError, match='lapo_0 and lapo_0 are runs of one'):
+    arms.grouped([*runs, runs[0]])
 
 
 def test_other_problems_do_not_compare(tmp_path):

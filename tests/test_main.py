@@ -154,6 +154,38 @@ def test_an_unknown_flag(refused):
   assert 'workdri' in refused('--workdri=x')
 
 
+def test_what_is_no_flag(refused):
+  said = refused('config.seed=3', 'run')
+  assert 'got config.seed=3 run: expected flags' in said
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_a_stop_token_that_the_model_lacks(refused, model_folder, tmp_path,
+                                           mode):
+  folder = shutil.copytree(model_folder, tmp_path / 'model')
+  (folder / 'generation_config.json').write_text('{"eos_token_id": [1, 9999]}')
+  flags = {'eval': {'config': 'configs/benchmarks.py'}}.get(mode, {})
+  said = refused(f'--mode={mode}', model=folder, **flags)
+  assert '[9999] are none of the model' in said
+  (folder / 'generation_config.json').write_text('{"eos_token_id": true}')
+  assert 'eos_token_id is True' in refused(f'--mode={mode}', model=folder,
+                                           **flags)
+
+
+def test_a_folder_of_a_run_of_another_model(call, refused, model_folder,
+                                            tmp_path, monkeypatch):
+  folder = shutil.copytree(model_folder, tmp_path / 'model')
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'train', lambda runs, workdir: None)
+    assert call(model=folder)[0] in (0, None)
+    assert call(model=folder)[0] in (0, None)
+  file, = folder.glob('*.safetensors')
+  weights = bytearray(file.read_bytes())
+  weights[-1] ^= 1
+  file.write_bytes(weights)
+  assert 'by its model.json: fingerprint' in refused(model=folder)
+
+
 def test_a_config_file_that_is_not_there(refused):
   assert 'configs/tny.py' in refused(config='configs/tny.py')
 
@@ -164,7 +196,7 @@ def test_a_config_file_that_is_not_there(refused):
     ('eval.batch_size=10', 'batch_size 10', ['8 or 16']),
     ('updates.microbatch_size=3', 'microbatch_size 3', ['[8, 16, 32]']),
     ('updates.microbatch_size=64', 'microbatch_size 64', ['[8, 16, 32]']),
-    ('updates.num_minibatches=3', '3 minibatches', []),
+    ('updates.num_minibatches=3', 'num_minibatches 3', ['divisor of 4']),
     ('rollout.group_size=1', 'group_size 1', ['at least 2']),
     ('mesh.tensor=3', "'tensor': 3", ['8 devices']),
     ('rollout.num_prompts=24', 'num_prompts 24', ['18']),

@@ -276,6 +276,15 @@ def test_stages_hold_parameters_alike(make_config, tmp_path, key, value):
     train.prepare(config, str(tmp_path / 'run'))
 
 
+@pytest.mark.parametrize('names', [('a', 1), ('a', 'a'), ('a', '')])
+def test_every_stage_has_a_name_of_its_own(make_config, names):
+  config = make_config()
+  with config.unlocked():
+    config.stages = tuple({'name': name} for name in names)
+  with pytest.raises(ValueError, match=r'stages\[1\]: got the name'):
+    build.stage_configs(config)
+
+
 def test_what_is_free_is_free_in_a_stage(make_config, tmp_path):
 
   def prepare(**settings):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods as TRL calls them: lists in, a float for each completion out."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,14 @@ def test_the_loops_numbers():
       found, [-0.2, 2, 1.6, -0.1, -0.25, -0.25, -0.35, -0.15], rtol=1e-6)
   np.testing.assert_allclose(found, np.ravel(shorter_better.reward(
       np.reshape(correct, (2, G)), np.reshape(lengths, (2, G)), beta=0.1)))
+
+
+def test_tokens_may_come_as_arrays():
+  lists = ids(3, 5, 9, 4, cut=(2,))
+  correct = [1, 1, 1, 0]
+  arrays = [jnp.asarray(row) for row in lists]
+  assert (call(make('kimi'), arrays, correct=correct) ==
+          call(make('kimi'), lists, correct=correct))
 
 
 @pytest.mark.parametrize('name', plugins.names('rewards'))

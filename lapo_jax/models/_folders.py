@@ -6,6 +6,7 @@ tokenizer's files. From the hub comes a pinned commit or nothing: a branch may
 say something else tomorrow.
 """
 
+import hashlib
 import pathlib
 import re
 
@@ -14,6 +15,7 @@ _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 _PINNED = re.compile(r'([\w.-]+/[\w.-]+)@([0-9a-f]{40})')
 _UNPINNED = re.compile(r'[\w.-]+/[\w.-]+(@.*)?')
 # Weights and text: no pickle, no code.
+_PARTS, _PART = 1024, 2**14  # that a fingerprint reads of a file; bytes of each
 _PATTERNS = ('*.json', '*.safetensors', 'merges.txt', 'chat_template.jinja')
 
 
@@ -42,6 +44,28 @@ def resolve(path: str) -> pathlib.Path:
       f'model.path {path!r}: expected a folder with config.json and '
       f'*.safetensors, one of the embedded models {embedded}, or '
       f'owner/name@<commit> on the hub.{hub}')
+
+
+def fingerprint(path: str) -> str:
+  """A digest of a model's folder: other weights or text, another digest.
+
+  Of large files parts are read, evenly over the whole: weights that have been
+  trained since differ everywhere.
+
+  Raises:
+    ValueError: as `resolve`.
+  """
+  folder = resolve(path)
+  digest = hashlib.sha256()
+  files = {file for pattern in _PATTERNS for file in folder.glob(pattern)}
+  for file in sorted(files):
+    size = file.stat().st_size
+    digest.update(f'{file.name} {size} '.encode())
+    with file.open('rb') as data:
+      for start in range(0, size, max(size // _PARTS, _PART)):
+        data.seek(start)
+        digest.update(data.read(_PART))
+  return digest.hexdigest()
 
 
 def _download(repository: str, commit: str) -> pathlib.Path:

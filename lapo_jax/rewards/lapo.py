@@ -166,6 +166,12 @@ def make(
                            ('statistic', statistic, STATISTICS)):
     if got not in legal:
       raise ValueError(f'lapo: {what} is {got!r}, expected one of {legal}.')
+  if not 0 <= low <= high <= 1:
+    raise ValueError(f'lapo: low {low} and high {high}: expected quantiles, '
+                     '0 <= low <= high <= 1.')
+  for what, width in (('slope', slope), ('sigma', sigma)):
+    if not width > 0:
+      raise ValueError(f'lapo: {what} is {width}, expected tokens above 0.')
 
   def init(num_examples):
     # Three buffers, not one thrice: the loop donates its state.

@@ -149,8 +149,8 @@ def _parquet(data: bytes) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
   except ImportError as error:
-    raise ValueError('a parquet file needs pyarrow: pip install '
-                     '"lapo_jax[parquet]".') from error
+    raise ValueError('a parquet file needs pyarrow: pip install pyarrow.'
+                     ) from error
   try:
     found = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read()
     values = found.to_pylist()

@@ -224,6 +224,12 @@ def test_unknown_settings_name_the_legal_ones():
     lapo.make(guidance='none')
   with pytest.raises(ValueError, match="'mode'.*'median'"):
     lapo.make(statistic='mode')
+  for settings in ({'low': 30.0, 'high': 70.0}, {'low': 0.9, 'high': 0.1}):
+    with pytest.raises(ValueError, match='0 <= low <= high <= 1'):
+      lapo.make(**settings)
+  for settings in ({'slope': 0.0}, {'sigma': -5.0}, {'sigma': float('nan')}):
+    with pytest.raises(ValueError, match='expected tokens above 0'):
+      lapo.make(**settings)
   with pytest.raises(TypeError, match='sigma'):
     lapo.reward(jnp.ones((1, 2)), jnp.ones((1, 2)), sigma=1.0)
 
