@@ -87,9 +87,7 @@ def save(folder: str | os.PathLike, step: int, state: Any, meta: dict,
                  for path, leaf in _leaves(state).items()},
   })
   record = {'text': text, 'crc32': zlib.crc32(text.encode())}
-  # Leftovers count: a killed save of the same step must not be in the way.
-  serial = hosts.from_first(lambda: 1 + max(
-      (entry.serial for entry in _entries(folder)), default=0))
+  serial = hosts.from_first(lambda: _make_way(folder))
   with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
         folder / f'{serial:06d}-step-{step}',
@@ -247,6 +245,19 @@ def _entry(path: epath.Path) -> _Entry:
   whole = match.end() == len(path.name)
   committed = whole and ocp.utils.is_checkpoint_finalized(path)
   return _Entry(int(match[1]), int(match[2]), committed, path)
+
+
+def _make_way(folder: epath.Path) -> int:
+  """Deletes what unfinished saves have left; the number of the next one.
+
+  Before it writes: on a full disk each attempt would leave as much again.
+  """
+  entries = _entries(folder)
+  for entry in entries:
+    if not entry.committed:
+      entry.path.rmtree()
+  # They count: a deletion that others do not see yet must not be in the way.
+  return 1 + max((entry.serial for entry in entries), default=0)
 
 
 def _prune(folder: epath.Path, serial: int, step: int) -> None:

@@ -28,6 +28,8 @@ _RANGES = (
     ('rollout.num_prompts', 1, _ANY), ('rollout.max_prompt_length', 1, _ANY),
     ('rollout.max_completion_length', 1, _ANY), ('rollout.num_slots', 0, _ANY),
     ('rollout.refill_rounds', 0, _ANY),
+    ('rollout.forced.least', 0, _ANY), ('rollout.forced.most', 0, _ANY),
+    ('rollout.forced.first_share', 0, 1),
     ('eval.num_samples', 1, _ANY), ('eval.batch_size', 1, _ANY),
     ('eval.temperature', 0, 1e6), ('eval.max_completion_length', 0, _ANY),
     ('eval.num_examples', 1, _ANY),

@@ -19,6 +19,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -59,6 +60,10 @@ def run() -> None:
   try:
     argv = flags.FLAGS(names_first(sys.argv))
   except (KeyError, AttributeError) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    if 'ml_collections' not in frames[-1].filename:  # a plug-in's mistake
+      place = [f for f in frames if 'site-packages' not in f.filename][-1]
+      stop(f'{place.filename}:{place.lineno}: {type(error).__name__}: {error}')
     # A KeyError within a KeyError: its text is quoted twice.
     text = str(error.args[0]).replace('\\n', '. ').replace('\n', '. ')
     text = text.translate(str.maketrans('', '', '\\\''))

@@ -59,14 +59,26 @@ class Tokenizer:
     """The question as a user's turn in the tokenizer's own chat template.
 
     Raises:
-      ValueError: the tokenizer brings no template.
+      ValueError: the tokenizer brings no template, or one that fails or
+        leaves the question out.
     """
     if not self._reader.chat_template:
       raise ValueError('rollout.template is "chat" but the tokenizer has no '
                        'chat template; set a text with {question} in it.')
-    return self._reader.apply_chat_template(
-        [{'role': 'user', 'content': question}], tokenize=False,
-        add_generation_prompt=True)
+    try:
+      text = self._reader.apply_chat_template(
+          [{'role': 'user', 'content': question}], tokenize=False,
+          add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+      raise ValueError(
+          f'the tokenizer\'s chat template fails ({type(error).__name__}: '
+          f'{error}): mend it, or set rollout.template to a text with '
+          '{question} in it.') from error
+    if question.strip() not in text:
+      raise ValueError('the tokenizer\'s chat template leaves the question '
+                       'out: mend it, or set rollout.template to a text with '
+                       '{question} in it.')
+    return text
 
 
 def load(folder: pathlib.Path | str) -> Tokenizer:

@@ -178,6 +178,21 @@ def test_damage_to_any_file(tmp_path, damage, caplog):
   assert {largest, pathlib.Path('record/metadata')} <= fell_back
 
 
+def test_what_a_save_left_unfinished_goes_before_the_next(tmp_path,
+                                                         monkeypatch):
+  leftover = tmp_path / '000007-step-3.orbax-checkpoint-tmp'
+  leftover.mkdir()
+
+  def full(writer, folder, args):
+    assert folder.name == '000008-step-4'
+    raise OSError('no space left')
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, 'save', full)
+  with pytest.raises(OSError, match='no space'):
+    checkpoint.save(tmp_path, 4, _state(4), {})
+  assert not leftover.exists()
+
+
 def test_changed_arrays_are_found_by_fingerprint(tmp_path, monkeypatch, caplog):
   checkpoint.save(tmp_path, 1, _state(1), {})
   with monkeypatch.context() as patch:   # as if other bits had been written

@@ -31,6 +31,8 @@ from lapo_jax import checks
     ('optimizer.learning_rate', float('nan'), 'learning_rate nan: .*from 0'),
     ('optimizer.b1', 1.0, 'b1 1.0: .*below 1'),
     ('optimizer.b2', -0.1, 'b2 -0.1: .*below 1'),
+    ('rollout.forced.least', -3, 'forced.least -3: .*at least 0'),
+    ('rollout.forced.first_share', 1.5, 'first_share 1.5: .*from 0 to 1'),
     ('optimizer.clip_norm', -1.0, 'clip_norm -1.0: .*above 0'),
     ('grader.deadline', float('nan'), 'deadline nan: .*above 0'),
     ('reward.alpha', float('nan'), 'reward.alpha nan: expected a number'),

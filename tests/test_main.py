@@ -229,6 +229,18 @@ def test_an_unknown_name_is_answered_with_the_known(refused, flag, known):
   assert all(text in said for text in known)
 
 
+@pytest.mark.parametrize('body', ['import jax\njax.nothing_here',
+                                  'import os\n{}["abc"]'])
+def test_a_mistake_in_ones_own_file_is_told_with_its_place(
+    refused, tmp_path_factory, monkeypatch, body):
+  folder = tmp_path_factory.mktemp('lab')
+  (folder / 'own_lab').mkdir()
+  (folder / 'own_lab' / 'mine.py').write_text(body)
+  monkeypatch.syspath_prepend(str(folder))
+  said = refused('--config.reward.name=own_lab.mine')
+  assert 'mine.py:2' in said and 'no such key' not in said
+
+
 @pytest.mark.parametrize('setting', [
     'advantage.baseline=median', 'advantage.scale=sd', 'advantage.whiten=all',
     'loss.aggregate=tokens', 'model.dtype=float16', 'reward.guidance=loud',

@@ -116,3 +116,14 @@ def test_chat_is_the_tokenizers_own_template(load):
 def test_chat_without_a_template_says_what_to_set(load):
   with pytest.raises(ValueError, match='no chat template; set a text with'):
     load({'eos_token': '<|end|>'}).chat('What is 2+2?')
+
+
+@pytest.mark.parametrize('template,match', [
+    ('{{ nope.foo() }}', 'template fails .UndefinedError'),
+    ('{% for', 'template fails .TemplateSyntaxError'),
+    ("{{ raise_exception('no user here') }}", 'fails.*no user here'),
+    ('<user>', 'leaves the question out')])
+def test_a_chat_template_that_does_not_work(load, template, match):
+  tokenizer = load({'eos_token': '<|end|>', 'chat_template': template})
+  with pytest.raises(ValueError, match=match):
+    tokenizer.chat('What is 2+2?')
