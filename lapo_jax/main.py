@@ -62,7 +62,8 @@ def run() -> None:
   except (KeyError, AttributeError) as error:
     frames = traceback.extract_tb(error.__traceback__)
     if 'ml_collections' not in frames[-1].filename:  # a plug-in's mistake
-      place = [f for f in frames if 'site-packages' not in f.filename][-1]
+      own = [f for f in frames if 'site-packages' not in f.filename]
+      place = (own or frames)[-1]
       stop(f'{place.filename}:{place.lineno}: {type(error).__name__}: {error}')
     # A KeyError within a KeyError: its text is quoted twice.
     text = str(error.args[0]).replace('\\n', '. ').replace('\n', '. ')
