@@ -117,7 +117,7 @@ def build(name: str, config: ml_collections.ConfigDict) -> Run:
   model = plugins.make('models', config.model.name, **model_settings)
 
   if config.model.get('param_dtype') == 'bfloat16':
-    logging.warning('model.param_dtype bfloat16: an update below 1/256 of a '
+    logging.warning('model.param_dtype bfloat16: an update below 1/512 of a '
                     'parameter is lost, which is most of them at the usual '
                     'learning rates; float32 keeps them, with model.dtype '
                     'bfloat16 for the arithmetic.')

@@ -151,7 +151,11 @@ def microbatch_sizes(config: ml_collections.ConfigDict,
 
 
 def tokens(tokenizer: tokenizer_lib.Tokenizer, vocab_size: int) -> None:
-  """Checks that the model has a row for every stop and padding token."""
+  """Checks that the model has a row for every stop and padding token.
+
+  Raises:
+    ValueError: an id that is not in [0, vocab_size).
+  """
   outside = [i for i in (*tokenizer.eos_ids, tokenizer.pad_id)
              if not 0 <= i < vocab_size]
   if outside:

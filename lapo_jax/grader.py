@@ -143,6 +143,9 @@ class Grader:
   def check(self, verdicts: Sequence[str]) -> None:
     """Says so when faults are no longer rare: they are scored as wrong.
 
+    Args:
+      verdicts: of all that was to be graded, in whatever parts.
+
     Raises:
       GradingError: every completion crashed its worker.
     """

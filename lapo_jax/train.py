@@ -74,8 +74,7 @@ def train_stage(run: build.Run, state: types.TrainState, ref_params: Any, *,
       slots = ops.bucket(int(np.max(graded.outcomes.lengths)),
                          config.rollout.max_completion_length)
       trained = run.mute and run.mute(samples, outcomes.correct)
-      dropped = (outcomes.truncated if config.loss.drop_truncated else
-                 None)
+      dropped = outcomes.truncated if config.loss.drop_truncated else None
       batch = run.make_batch(samples, advantages, slots, trained, dropped)
 
     with timer('score'):

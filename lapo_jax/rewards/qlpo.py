@@ -20,7 +20,8 @@ Departures:
   * An odd class has the larger half where more is kept. A half that has too
     few gives all, and the other half gives what is missing.
   * In the loss the others weigh what they would, at advantage 0: it is that
-    of plain GRPO on the M, times the share of the weight that they have.
+    of plain GRPO on the M, times the share of the weight that the M have. A
+    divergence from the reference policy holds all K.
 """
 
 import jax
